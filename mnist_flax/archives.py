@@ -1,0 +1,366 @@
+"""IDX archives, the format MNIST is published in, and their preparation by TFDS.
+
+TFDS's own builders for MNIST, Fashion-MNIST and Kuzushiji-MNIST need TensorFlow to extract and to
+encode. The builders here subclass them, read the archives with gzip and NumPy, and hand TFDS PIL
+images, which it encodes without TensorFlow. They also keep the order of the archives, where TFDS
+would shuffle: index i of a split is image i of its archive, the numbering that audits of MNIST's
+labels use.
+
+The four archives of MNIST lie in `archives/` beside this file, so MNIST needs no network.
+"""
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import io
+import math
+import os
+import shutil
+import struct
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from mnist_flax.errors import InputError
+
+NAMES = ("mnist", "fashion_mnist", "kmnist")
+"""The TFDS datasets that are published as four IDX archives of 28x28 images in 10 classes."""
+
+VERSION = "3.0.1"
+"""The version of those datasets in TFDS."""
+
+BUNDLED = Path(__file__).with_name("archives")
+"""The directory of the four MNIST archives that come with this package."""
+
+IMAGE_SHAPE = (28, 28)
+NUM_CLASSES = 10
+
+_MAX_BYTES = 2**30  # Twice EMNIST "byclass", the largest of the family.
+_CHUNK_BYTES = 2**20
+
+
+class Archives(NamedTuple):
+    """The paths of the four IDX archives of a dataset; each may be gzipped or not."""
+
+    train_images: Path
+    train_labels: Path
+    test_images: Path
+    test_labels: Path
+
+
+FILE_NAMES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+"""The usual names of the four archives, without `.gz`, in the order of `Archives`."""
+
+
+def find_archives(directory: str | os.PathLike[str]) -> Archives:
+    """Finds the four archives of a dataset by their usual names.
+
+    Args:
+        directory: Where they lie. Where a file is there twice, `.gz` is taken.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        InputError: There is no such directory, or a file is missing from it.
+    """
+    root = Path(directory).expanduser()
+    if not root.is_dir():
+        raise InputError(f"archives: {root} is not a directory; it should hold {_FOUR_FILES}")
+    paths = [
+        next((path for path in (root / f"{name}.gz", root / name) if path.is_file()), None)
+        for name in FILE_NAMES
+    ]
+    missing = [name for name, path in zip(FILE_NAMES, paths, strict=True) if path is None]
+    if missing:
+        raise InputError(f"archives: {root} lacks {', '.join(missing)} (each .gz or not)")
+    return Archives(*(path for path in paths if path is not None))
+
+
+def read_idx(path: str | os.PathLike[str], *, ndim: int) -> np.ndarray:
+    """Reads one IDX file of unsigned bytes, gzipped or not.
+
+    An IDX file is the bytes 0, 0, 8 (for unsigned byte) and `ndim`; then `ndim` sizes, each a
+    big-endian uint32; then the elements in C order. Never more than the file holds is allocated,
+    and never more than its header says is inflated.
+
+    Args:
+        path: The file.
+        ndim: The number of dimensions it must have: 3 for images, 1 for labels.
+
+    Returns:
+        uint8, with the shape that the header gives.
+
+    Raises:
+        InputError: It is no such file, is truncated, is damaged, has bytes left over, or claims
+            more than 1 GiB.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    try:
+        with path.open("rb") as file:
+            is_gzip = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            return _read_stream(gzip.GzipFile(fileobj=file) if is_gzip else file, path, ndim)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _read_stream(stream: IO[bytes] | gzip.GzipFile, path: Path, ndim: int) -> np.ndarray:
+    header = stream.read(4 + 4 * ndim)
+    magic = bytes([0, 0, 8, ndim])
+    if header[:4] != magic:
+        raise InputError(
+            f"{path} is not an IDX file of unsigned bytes in {ndim} dimensions: it starts with "
+            f"0x{header[:4].hex()} instead of 0x{magic.hex()}"
+        )
+    if len(header) < 4 + 4 * ndim:
+        raise InputError(f"{path} is truncated: its header ends after {len(header)} bytes")
+    shape = struct.unpack(f">{ndim}I", header[4:])
+    size = math.prod(shape)
+    if size > _MAX_BYTES:
+        raise InputError(f"{path} claims the shape {shape}, more than {_MAX_BYTES:,} bytes")
+    # Grown as the bytes arrive, since the header may promise more than the file holds.
+    data = bytearray()
+    while len(data) < size and (chunk := stream.read(min(size - len(data), _CHUNK_BYTES))):
+        data += chunk
+    if len(data) < size:
+        raise InputError(f"{path} is truncated: {len(data):,} of the {size:,} bytes of {shape}")
+    if stream.read(1):  # At the end of a gzip file this is also what checks its CRC-32.
+        raise InputError(f"{path} has bytes left over after the {size:,} of its shape {shape}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def read_examples(
+    images_path: str | os.PathLike[str], labels_path: str | os.PathLike[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads one split of MNIST, or of a dataset published in its form.
+
+    Args:
+        images_path: An IDX file of 28x28 images.
+        labels_path: An IDX file of as many labels, each from 0 to 9.
+
+    Returns:
+        images_NHW uint8 and labels_N uint8.
+
+    Raises:
+        InputError: A file cannot be read, or the two do not make such a split.
+    """
+    images_NHW = read_idx(images_path, ndim=3)
+    labels_N = read_idx(labels_path, ndim=1)
+    if images_NHW.shape[1:] != IMAGE_SHAPE:
+        raise InputError(f"{images_path} holds images of {images_NHW.shape[1:]}, not {IMAGE_SHAPE}")
+    if len(images_NHW) != len(labels_N):
+        raise InputError(
+            f"{images_path} holds {len(images_NHW):,} images but {labels_path} {len(labels_N):,} "
+            "labels"
+        )
+    if not len(labels_N):
+        raise InputError(f"{images_path} holds no images")
+    if labels_N.max() >= NUM_CLASSES:
+        raise InputError(f"{labels_path} holds the label {labels_N.max()}: more than 9")
+    return images_NHW, labels_N
+
+
+def dataset_dir(
+    name: str, *, data_dir: Path, archives: str | os.PathLike[str] | None = None
+) -> Path:
+    """Returns the directory in which `prepare` puts a dataset: `<data_dir>/<name>/<config>/3.0.1`.
+
+    The config keeps it apart from a `<data_dir>/<name>/3.0.1` that TFDS itself prepared, and one
+    set of archives from another.
+
+    Args:
+        name: One of `NAMES`.
+        data_dir: TFDS's root directory.
+        archives: Where the archives lie, if not those that TFDS knows.
+
+    Returns:
+        The directory, which need not exist. With `archives` its config is named by the SHA-256 of
+        their contents.
+
+    Raises:
+        InputError: `archives` is no directory of four archives.
+    """
+    config = "canonical" if archives is None else f"archives-{_digest(find_archives(archives))}"
+    return data_dir / name / config / VERSION
+
+
+def prepare(
+    name: str,
+    *,
+    data_dir: Path,
+    archives: str | os.PathLike[str] | None = None,
+    manual_dir: str | os.PathLike[str] | None = None,
+) -> None:
+    """Has TFDS write a dataset into `dataset_dir`, as array_record in the order of its archives.
+
+    Only one process may do so at a time: what a killed one left behind is removed first.
+
+    Args:
+        name: One of `NAMES`.
+        data_dir: TFDS's root directory.
+        archives: A directory of four archives to take instead of those that TFDS knows. Their
+            structure is checked, and not their checksums.
+        manual_dir: A directory from which TFDS takes archives that it would download, checking
+            their SHA-256. By default `BUNDLED` for MNIST, and none for the others.
+
+    Raises:
+        InputError: The archives are damaged or cannot be had, or `data_dir` cannot be written.
+    """
+    directory = dataset_dir(name, data_dir=data_dir, archives=archives)
+    if archives is not None:
+        _check(find_archives(archives))
+    if manual_dir is None and name == "mnist":
+        manual_dir = BUNDLED
+    downloads = directory.parent / "downloads"
+    with quiet():
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+        builder = _builder_class(name)(
+            data_dir=data_dir,
+            config=tfds.core.BuilderConfig(name=directory.parent.name),
+            file_format="array_record",
+        )
+        builder.archives = None if archives is None else find_archives(archives)
+        if archives is None and not _all_in(manual_dir):
+            _check_reachable(name, builder.URL)
+        try:
+            remove_leftovers(directory)
+            builder.download_and_prepare(
+                download_dir=downloads,
+                download_config=tfds.download.DownloadConfig(
+                    manual_dir=manual_dir, try_download_gcs=False
+                ),
+            )
+        except NonMatchingChecksumError as error:
+            raise InputError(
+                f"{_reason(error).removesuffix(':')}; reinstall mnist_flax or delete that file"
+            ) from error
+        # RuntimeError is what array_record raises, for a full disk among other things.
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"cannot prepare {name} in {directory}: {_reason(error)}") from error
+        finally:
+            shutil.rmtree(downloads, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what a killed preparation of `directory` left beside it."""
+    for path in (directory.parent / "downloads", *directory.parent.glob("incomplete.*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what TFDS prints and logs below errors; its progress bars, on stderr, stay."""
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@functools.cache
+def _builder_class(name: str) -> Any:
+    import tensorflow_datasets as tfds
+    from PIL import Image
+    from tensorflow_datasets.image_classification import mnist
+
+    published: Any = {
+        "mnist": mnist.MNIST,
+        "fashion_mnist": mnist.FashionMNIST,
+        "kmnist": mnist.KMNIST,
+    }[name]
+
+    # The name is already registered, by the class that this one subclasses.
+    with tfds.core.registered.skip_registration():
+
+        class IdxBuilder(published):
+            VERSION = tfds.core.Version(VERSION)
+            archives: Archives | None = None
+
+            def _info(self):
+                info = super()._info()
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description=info.description,
+                    features=info.features,
+                    supervised_keys=info.supervised_keys,
+                    homepage=info.homepage,
+                    citation=info.citation,
+                    disable_shuffling=True,
+                )
+
+            def _split_generators(self, dl_manager):
+                archives = self.archives or Archives(
+                    *dl_manager.download([f"{self.URL}{file}.gz" for file in FILE_NAMES])
+                )
+                return {
+                    "train": self._generate_examples(archives.train_images, archives.train_labels),
+                    "test": self._generate_examples(archives.test_images, archives.test_labels),
+                }
+
+            def _generate_examples(self, images_path, labels_path):
+                images_NHW, labels_N = read_examples(images_path, labels_path)
+                for i, (image_HW, label) in enumerate(zip(images_NHW, labels_N, strict=True)):
+                    yield i, {"image": Image.fromarray(image_HW), "label": int(label)}
+
+    IdxBuilder.name = name
+    return IdxBuilder
+
+
+def _check(archives: Archives) -> None:
+    read_examples(archives.train_images, archives.train_labels)
+    read_examples(archives.test_images, archives.test_labels)
+
+
+def _digest(archives: Archives) -> str:
+    digest = hashlib.sha256()
+    for path in archives:
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+    return digest.hexdigest()[:16]
+
+
+def _all_in(directory: str | os.PathLike[str] | None) -> bool:
+    return directory is not None and all(
+        (Path(directory) / f"{name}.gz").is_file() for name in FILE_NAMES
+    )
+
+
+def _check_reachable(name: str, url: str) -> None:
+    """Fails at once where TFDS, which retries for minutes, would fail in the end."""
+    request = urllib.request.Request(f"{url}{FILE_NAMES[0]}.gz", method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=20).close()
+    except OSError as error:
+        raise InputError(
+            f"{name} cannot be downloaded from {url} ({_reason(error)}): put {_FOUR_FILES} in a "
+            "directory and pass it as archives"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+_FOUR_FILES = ", ".join(f"{name}.gz" for name in FILE_NAMES)

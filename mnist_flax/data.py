@@ -1,0 +1,558 @@
+"""A TFDS dataset as uint8 arrays, or as records read lazily; the order of an epoch; batches.
+
+Shapes: N examples, S steps, B batch, H height, W width, C channels.
+
+The first `load_splits` of a dataset has TFDS prepare it and decodes every record once. The decoded
+arrays are kept beside the records, so that later loads read one file and import no TFDS.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import filelock
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mnist_flax import archives as archives_lib
+from mnist_flax.errors import InputError
+
+if TYPE_CHECKING:
+    import grain
+
+_INFO_FILE = "decoded.json"
+_ARRAYS_FILE = "decoded.npz"
+_READ_RECORDS = 1024  # At a time: one by one, records take three times as long to read.
+_NAME = re.compile(r"(?P<dataset>\w+)(/(?P<config>\w[\w.=+-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
+
+
+class Examples(NamedTuple):
+    """Images and their labels: a split, a batch, or [S, B] batches. A pytree.
+
+    Attributes:
+        images: [N, H, W, C] uint8, from 0 to 255.
+        labels: [N] int32, from 0 to K - 1; in batches for evaluation, -1 marks padding.
+    """
+
+    images: Any
+    labels: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What a dataset is.
+
+    Attributes:
+        name: Its name in TFDS, such as "mnist"; with a config, "emnist/balanced".
+        version: Its version in TFDS, such as "3.0.1".
+        num_classes: K.
+        class_names: K names, by label.
+        image_shape: (H, W, C).
+        fingerprint: 16 hexadecimal digits of SHA-256 over the pixels and labels of the train and
+            test splits, in order: the same data has the same fingerprint on every machine.
+    """
+
+    name: str
+    version: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    fingerprint: str
+
+
+class Records:
+    """Examples read from the prepared records when they are asked for, and not kept.
+
+    A sequence: `len(records)`; `records[i]` is one example, `Examples(image_HWC, label)`.
+
+    Attributes:
+        image_shape: (H, W, C).
+    """
+
+    image_shape: tuple[int, int, int]
+
+    def __init__(self, prepared: "_Prepared", *, split: str, indices_N: np.ndarray):
+        self.image_shape = prepared.image_shape
+        self._prepared = prepared
+        self._source = prepared.source(split)
+        self._indices_N = indices_N
+
+    def __len__(self) -> int:
+        return len(self._indices_N)
+
+    def __getitem__(self, index: int) -> Examples:
+        images, labels = self.take(np.array([index]))
+        return Examples(images[0], labels[0])
+
+    def take(self, indices_B: np.ndarray) -> Examples:
+        """Reads a batch: images [B, H, W, C] uint8 and labels [B] int32."""
+        return self._prepared.read(self._source, self._indices_N[indices_B])
+
+
+TrainT = TypeVar("TrainT", Examples, Records)
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits(Generic[TrainT]):
+    """A dataset in three parts.
+
+    Attributes:
+        train: TFDS's "train" split without `val`: `Examples`, or `Records` if streamed.
+        val: The part of "train" held out for model selection. May be empty.
+        test: TFDS's "test" split.
+        info: What the dataset is.
+    """
+
+    train: TrainT
+    val: Examples
+    test: Examples
+    info: DatasetInfo
+
+
+def load_splits(
+    name: str,
+    *,
+    val_size: int,
+    seed: int = 0,
+    data_dir: str | os.PathLike[str] | None = None,
+    archives: str | os.PathLike[str] | None = None,
+    stream: bool = False,
+) -> Splits:
+    """Loads a dataset, preparing it first where that has not been done.
+
+    Args:
+        name: "mnist", "fashion_mnist" or "kmnist", which are prepared on demand: MNIST from
+            archives that come with this package, the others by downloading them. Or any
+            dataset of uint8 images of one shape that TFDS has already prepared under `data_dir`
+            as array_record, with splits "train" and "test": "name", "name/config" or
+            "name/config:version" (by default, the highest version there is).
+        val_size: How many examples to hold out of "train" (see `split_indices`).
+        seed: Which ones to hold out.
+        data_dir: TFDS's root directory. By default $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+        archives: A directory of the four IDX archives to prepare the dataset from, instead of
+            those that TFDS knows: for one that cannot be downloaded, or for variants of MNIST.
+        stream: Make `train` a `Records`, of which nothing is held in memory.
+
+    Returns:
+        The splits. All are in the order of the prepared records, which for MNIST and its like is
+        that of the archives.
+
+    Raises:
+        InputError: The dataset is unknown, unsuitable or damaged, cannot be downloaded or written,
+            or has no `val_size` examples to spare.
+    """
+    if val_size < 0 or seed < 0:
+        raise InputError(f"val_size and seed must not be negative, got {val_size} and {seed}")
+    root = _root(data_dir)
+    if name in archives_lib.NAMES:
+        directory = archives_lib.dataset_dir(name, data_dir=root, archives=archives)
+        prepare = functools.partial(
+            archives_lib.prepare, name, data_dir=root, archives=archives
+        )
+    elif archives is not None:
+        raise InputError(f"archives can stand for {_known()}, not for {name!r}")
+    else:
+        directory = _find_prepared(name, root)
+        prepare = None
+    if stream:
+        return _stream_splits(directory, prepare, val_size=val_size, seed=seed)
+    train, test, info = _read_decoded(directory) or _decode_once(directory, prepare)
+    train_indices, val_indices = split_indices(len(train.labels), val_size=val_size, seed=seed)
+    return Splits(take(train, train_indices), take(train, val_indices), test, info)
+
+
+def split_indices(
+    num_examples: int, *, val_size: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses which examples of "train" are for training and which for validation.
+
+    `val` is the first `val_size` entries of the stable argsort of `num_examples` raw 64-bit draws
+    of PCG64(seed). NumPy promises the raw draws of a bit generator for ever (NEP 19), and does not
+    promise those of `Generator.permutation`.
+
+    Args:
+        num_examples: N, how many there are.
+        val_size: How many to hold out: from 0 to N - 1.
+        seed: Not negative.
+
+    Returns:
+        train_indices and val_indices, int64, each ascending; together they are 0 to N - 1.
+
+    Raises:
+        InputError: `val_size` would leave nothing to train on.
+    """
+    if not 0 <= val_size < num_examples:
+        raise InputError(
+            f"val_size must be from 0 to {num_examples - 1}, for {num_examples} training examples;"
+            f" got {val_size}"
+        )
+    order_N = np.argsort(np.random.PCG64(seed).random_raw(num_examples), kind="stable")
+    return np.sort(order_N[val_size:]), np.sort(order_N[:val_size])
+
+
+def take(examples: Examples | Records, indices_B: np.ndarray) -> Examples:
+    """Gathers a batch: images [B, H, W, C] uint8 and labels [B] int32."""
+    if isinstance(examples, Records):
+        return examples.take(indices_B)
+    return Examples(examples.images[indices_B], examples.labels[indices_B])
+
+
+def epoch_order(key: jax.Array, *, num_examples: int, batch_size: int) -> jax.Array:
+    """Shuffles the examples of an epoch into full batches.
+
+    Args:
+        key: A fresh key for each epoch.
+        num_examples: N.
+        batch_size: B, from 1 to N.
+
+    Returns:
+        indices_SB int32: S = N // B batches of distinct examples. The N % B examples left over
+        differ from epoch to epoch.
+
+    Raises:
+        InputError: `batch_size` is not from 1 to N.
+    """
+    if not 1 <= batch_size <= num_examples:
+        raise InputError(
+            f"batch_size must be from 1 to the {num_examples} training examples, got {batch_size}"
+        )
+    steps = num_examples // batch_size
+    order_N = jax.random.permutation(key, jnp.arange(num_examples, dtype=jnp.int32))
+    return order_N[: steps * batch_size].reshape(steps, batch_size)
+
+
+def eval_batches(examples: Examples, *, batch_size: int) -> Examples:
+    """Cuts a split into batches, of which the last is padded: every example is there once.
+
+    Args:
+        examples: N examples.
+        batch_size: B, at least 1.
+
+    Returns:
+        images [S, B, H, W, C] uint8 and labels [S, B] int32, with S = ceil(N / B). Padding has
+        images of zeros and the label -1.
+
+    Raises:
+        InputError: `batch_size` is less than 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    num_examples = len(examples.labels)
+    steps = -(-num_examples // batch_size)
+    padding = steps * batch_size - num_examples
+    images = np.pad(examples.images, [(0, padding), (0, 0), (0, 0), (0, 0)])
+    labels = np.pad(examples.labels, (0, padding), constant_values=-1)
+    return Examples(
+        images.reshape(steps, batch_size, *images.shape[1:]), labels.reshape(steps, batch_size)
+    )
+
+
+def stream_batches(
+    examples: Examples | Records,
+    indices_SB: np.ndarray | jax.Array,
+    *,
+    start: int = 0,
+    num_threads: int = 2,
+    prefetch: int = 8,
+) -> "grain.DatasetIterator[Examples]":
+    """Reads the batches of an epoch ahead of their use, in threads, with Grain.
+
+    Batch s equals `take(examples, indices_SB[s])` bit for bit. The iterator's `get_state` and
+    `set_state` save and restore its position, counted from `start`.
+
+    Args:
+        examples: What to read from.
+        indices_SB: An epoch, from `epoch_order`.
+        start: The first batch to read, to resume within an epoch.
+        num_threads: How many batches to read at a time; 0 reads in the caller's thread.
+        prefetch: How many batches to hold ready.
+
+    Returns:
+        An iterator over the batches `start` to S - 1.
+
+    Raises:
+        InputError: `start` is not from 0 to S.
+    """
+    import grain
+
+    indices_SB = np.asarray(indices_SB)
+    if not 0 <= start <= len(indices_SB):
+        raise InputError(f"start must be from 0 to the {len(indices_SB)} batches, got {start}")
+    batches = grain.MapDataset.source(indices_SB[start:]).map(functools.partial(take, examples))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return iter(batches.to_iter_dataset(options))
+
+
+def _root(data_dir: str | os.PathLike[str] | None) -> Path:
+    root = str(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    if "://" in root:
+        raise InputError(f"data_dir must be a local directory, got {root}")
+    return Path(root).expanduser().absolute()
+
+
+def _known() -> str:
+    return ", ".join(archives_lib.NAMES[:-1]) + " and " + archives_lib.NAMES[-1]
+
+
+def _find_prepared(name: str, root: Path) -> Path:
+    """Finds what TFDS prepared, at `<root>/<dataset>[/<config>]/<version>`."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise InputError(f"{name!r} is no dataset name: write name, name/config or name:1.2.3")
+    parent = root / match["dataset"] / (match["config"] or "")
+    versions = [path.parent for path in parent.glob("*/dataset_info.json")]
+    if match["version"]:
+        versions = [path for path in versions if path.name == match["version"]]
+    if versions:
+        return max(versions, key=lambda path: [int(part) for part in path.name.split(".")])
+    close = difflib.get_close_matches(name.lower(), archives_lib.NAMES, n=1)
+    suggestion = f"did you mean {close[0]!r}? Or " if close else ""
+    configs = sorted({path.parents[1].name for path in parent.glob("*/*/dataset_info.json")})
+    if configs:
+        suggestion = f"name a config ({', '.join(f'{name}/{config}' for config in configs)}), or "
+    raise InputError(
+        f"no dataset {name!r} in {root}: {suggestion}prepare it there with TFDS and "
+        f"file_format='array_record' ({_known()} need no preparation)"
+    )
+
+
+def _load_streamed(
+    directory: Path, prepare: Callable[[], None], *, val_size: int, seed: int
+) -> Splits[Records]:
+    info = _read_info(directory) or _scan_once(directory, prepare)
+    prepared = _Prepared(directory)
+    num_train, num_test = prepared.num_examples("train"), prepared.num_examples("test")
+    train_indices, val_indices = split_indices(num_train, val_size=val_size, seed=seed)
+    return Splits(
+        train=Records(prepared, split="train", indices_N=train_indices),
+        val=Records(prepared, split="train", indices_N=val_indices).take(np.arange(val_size)),
+        test=Records(prepared, split="test", indices_N=np.arange(num_test)).take(np.arange(num_test)),
+        info=info,
+    )
+
+
+def _decode_once(
+    directory: Path, prepare: Callable[[], None]
+) -> tuple[Examples, Examples, DatasetInfo]:
+    """Prepares the dataset if need be, decodes it, and keeps the arrays for `_read_decoded`."""
+    with _lock(directory):
+        if decoded := _read_decoded(directory):  # Another process did it meanwhile.
+            return decoded
+        prepare()
+        prepared = _Prepared(directory)
+        train, test = prepared.decode("train"), prepared.decode("test")
+        info = prepared.info(_fingerprint([train], [test]))
+        arrays = {
+            "train_images": train.images,
+            "train_labels": train.labels,
+            "test_images": test.images,
+            "test_labels": test.labels,
+        }
+        _write(directory / _ARRAYS_FILE, lambda file: np.savez(file, **arrays))
+        _write_info(directory, info)
+        return train, test, info
+
+
+def _scan_once(directory: Path, prepare: Callable[[], None]) -> DatasetInfo:
+    """Prepares the dataset if need be, and reads it once for its fingerprint."""
+    with _lock(directory):
+        if info := _read_info(directory):
+            return info
+        prepare()
+        prepared = _Prepared(directory)
+        info = prepared.info(_fingerprint(prepared.chunks("train"), prepared.chunks("test")))
+        _write_info(directory, info)
+        return info
+
+
+def _read_decoded(directory: Path) -> tuple[Examples, Examples, DatasetInfo] | None:
+    """Reads what `_decode_once` kept; None if it is not there, or is damaged."""
+    info = _read_info(directory)
+    if info is None:
+        return None
+    try:
+        with np.load(directory / _ARRAYS_FILE) as arrays:
+            train = Examples(arrays["train_images"], arrays["train_labels"])
+            test = Examples(arrays["test_images"], arrays["test_labels"])
+    # A damaged zip file fails in many ways; its CRC-32s see to it that it does fail.
+    except Exception:
+        return None
+    return train, test, info
+
+
+def _read_info(directory: Path) -> DatasetInfo | None:
+    try:
+        fields = json.loads((directory / _INFO_FILE).read_text())
+        fields["class_names"] = tuple(fields["class_names"])
+        fields["image_shape"] = tuple(fields["image_shape"])
+        return DatasetInfo(**fields)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write_info(directory: Path, info: DatasetInfo) -> None:
+    text = json.dumps(dataclasses.asdict(info), indent=2)
+    _write(directory / _INFO_FILE, lambda file: file.write(text.encode()))
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file whole or not at all. A directory that is shared read-only is left as it is."""
+    if not os.access(path.parent, os.W_OK):
+        return
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Lets one process at a time prepare and decode the dataset in `directory`."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot prepare a dataset in {directory}: {error}") from error
+    if not os.access(directory.parent, os.W_OK):
+        yield  # Shared read-only: nobody can prepare it, and whoever reads it needs no lock.
+        return
+    lock = filelock.FileLock(directory.parent / f"{directory.name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        print(f"waiting for the process that prepares {directory}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fingerprint(*splits: Iterable[Examples]) -> str:
+    """Hashes splits that are given in chunks, however they are cut."""
+    digest = hashlib.sha256()
+    for chunks in splits:
+        images, labels = hashlib.sha256(), hashlib.sha256()
+        for chunk in chunks:
+            images.update(np.ascontiguousarray(chunk.images))
+            labels.update(np.ascontiguousarray(chunk.labels, "<i4"))
+        digest.update(images.digest() + labels.digest())
+    return digest.hexdigest()[:16]
+
+
+class _Prepared:
+    """A dataset that TFDS has prepared, checked to be one of images and labels."""
+
+    def __init__(self, directory: Path):
+        import tensorflow_datasets as tfds
+
+        self._directory = directory
+        try:
+            with archives_lib.quiet():
+                self._builder = tfds.builder_from_directory(directory)
+        except Exception as error:
+            raise self._damaged(error) from error
+        info = self._builder.info
+        self._keys = info.supervised_keys or ("image", "label")
+        if missing := {"train", "test"} - set(info.splits):
+            raise InputError(f"{directory} has no split named {' or '.join(sorted(missing))}")
+        features = info.features if isinstance(info.features, tfds.features.FeaturesDict) else {}
+        image, label = (features[key] if key in features else None for key in self._keys)
+        if (
+            not isinstance(image, tfds.features.Image)
+            or None in image.shape
+            or image.np_dtype != np.uint8
+            or not isinstance(label, tfds.features.ClassLabel)
+            or label.num_classes is None
+        ):
+            raise InputError(
+                f"{directory} is not a dataset of uint8 images of one shape and class labels: its "
+                f"features {' and '.join(map(repr, self._keys))} are {image} and {label}"
+            )
+        self.image_shape = tuple(image.shape)
+        self._class_names = tuple(label.names)
+        # TFDS logs how it decodes at the first record it decodes.
+        with archives_lib.quiet():
+            self.read(self.source("train"), np.arange(1))
+
+    def info(self, fingerprint: str) -> DatasetInfo:
+        config = self._builder.builder_config_name
+        is_ours = self._builder.name in archives_lib.NAMES
+        return DatasetInfo(
+            name=self._builder.name,
+            version=str(self._builder.version),
+            num_classes=len(self._class_names),
+            class_names=self._class_names,
+            image_shape=self.image_shape,
+            fingerprint=fingerprint,
+        )
+
+    def num_examples(self, split: str) -> int:
+        return self._builder.info.splits[split].num_examples
+
+    def source(self, split: str) -> Any:
+        try:
+            return self._builder.as_data_source(split, file_format="array_record")
+        except (NotImplementedError, ValueError) as error:
+            raise InputError(
+                f"{self._directory} is prepared as {self._builder.info.file_format}: prepare it "
+                "with file_format='array_record'"
+            ) from error
+        except (OSError, RuntimeError) as error:
+            raise self._damaged(error) from error
+
+    def read(self, source: Any, indices_B: np.ndarray) -> Examples:
+        image_key, label_key = self._keys
+        try:
+            records = source.__getitems__(indices_B.tolist())
+        except (OSError, RuntimeError) as error:
+            raise self._damaged(error) from error
+        images = np.empty((len(records), *self.image_shape), np.uint8)
+        labels = np.empty(len(records), np.int32)
+        for i, record in enumerate(records):
+            if record[image_key].shape != self.image_shape:
+                raise self._damaged(f"an image of shape {record[image_key].shape}")
+            images[i], labels[i] = record[image_key], record[label_key]
+        if np.any((labels < 0) | (labels >= len(self._class_names))):
+            raise InputError(f"{self._directory} has examples without a label")
+        return Examples(images, labels)
+
+    def chunks(self, split: str) -> Iterator[Examples]:
+        source, num_examples = self.source(split), self.num_examples(split)
+        with tqdm(total=num_examples, desc=f"Decoding {split}", unit=" examples") as bar:
+            for start in range(0, num_examples, _READ_RECORDS):
+                chunk = self.read(source, np.arange(start, min(start + _READ_RECORDS, num_examples)))
+                bar.update(chunk.num_examples)
+                yield chunk
+
+    def decode(self, split: str) -> Examples:
+        num_examples = self.num_examples(split)
+        images = np.empty((num_examples, *self.image_shape), np.uint8)
+        labels = np.empty(num_examples, np.int32)
+        start = 0
+        for chunk in self.chunks(split):
+            stop = start + chunk.num_examples
+            images[start:stop], labels[start:stop] = chunk
+            start = stop
+        return Examples(images, labels)
+
+    def _damaged(self, reason: object) -> InputError:
+        first_line = str(reason).strip().partition("\n")[0]
+        return InputError(
+            f"{self._directory} is damaged ({first_line}): delete it and prepare it again"
+        )

@@ -1,0 +1,33 @@
+"""The errors that a user of the package is meant to see."""
+
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something that was asked for is unknown or impossible.
+
+    The message is one line: what was wrong and what to do. It is raised before anything is
+    written; the experiment scripts print it and exit with status 2.
+    """
+
+
+class DivergedError(FloatingPointError):
+    """Training met a loss or a parameter that is not finite.
+
+    The last checkpoint, written while everything was finite, is kept. The experiment scripts
+    print the message and exit with status 1.
+    """
+
+
+class Interrupted(Exception):
+    """Training was asked to stop in the middle of an epoch and did, after the step in flight.
+
+    Attributes:
+      state: the training state after that step.
+      metrics: the training metrics of the epoch so far.
+    """
+
+    def __init__(self, state: Any, metrics: Any):
+        super().__init__(f"training was interrupted after step {int(state.step)}")
+        self.state = state
+        self.metrics = metrics

@@ -1,0 +1,182 @@
+"""The network: convolutions with BatchNorm, an optional dense head, Dropout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from mnist_flax import ops
+from mnist_flax.errors import InputError
+
+Padding = Literal["SAME", "VALID"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CNNConfig:
+    """An architecture. The defaults are the notebook's network.
+
+    Attributes:
+      patch: side of the pixel blocks that are stacked as channels before the first convolution
+        (space to depth); 1 leaves the image as it is.
+      widths: output channels of each convolution.
+      padding: zero padding of each convolution, "SAME" or "VALID".
+      pool: side of the max-pooling window after each convolution; 1 is no pooling.
+      kernel_size: side of every convolution kernel.
+      conv_bias: whether convolutions have a bias.
+      norm_momentum: weight of the old value in BatchNorm's running statistics, in [0, 1).
+      norm_epsilon: added to BatchNorm's variance, above 0.
+      hidden: widths of the dense layers between the convolutions and the classifier.
+      dropout: probability that Dropout, before the classifier, zeroes an activation, in [0, 1).
+
+    Raises:
+      InputError: on construction, for a value that no network can have.
+    """
+
+    patch: int = 1
+    widths: tuple[int, ...] = (32, 64, 128)
+    padding: tuple[Padding, ...] = ("VALID", "VALID", "VALID")
+    pool: tuple[int, ...] = (1, 2, 2)
+    kernel_size: int = 3
+    conv_bias: bool = True
+    norm_momentum: float = 0.99
+    norm_epsilon: float = 1e-3
+    hidden: tuple[int, ...] = (256,)
+    dropout: float = 0.5
+
+    def __post_init__(self):
+        if not self.widths:
+            raise InputError("model widths is empty; give at least one convolution")
+        if not len(self.widths) == len(self.padding) == len(self.pool):
+            raise InputError(
+                f"model widths, padding and pool have {len(self.widths)}, {len(self.padding)} and "
+                f"{len(self.pool)} entries; give one of each a convolution"
+            )
+        sizes = (self.patch, self.kernel_size, *self.widths, *self.pool, *self.hidden)
+        if min(sizes) < 1:
+            raise InputError(f"a model size is {min(sizes)}; sizes and widths are at least 1")
+        if unknown := set(self.padding) - {"SAME", "VALID"}:
+            raise InputError(f"model padding {sorted(unknown)} is unknown; give SAME or VALID")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"model dropout is {self.dropout}; give a number in [0, 1)")
+        if not 0 <= self.norm_momentum < 1:
+            raise InputError(f"model norm_momentum is {self.norm_momentum}; give one in [0, 1)")
+        if not 0 < self.norm_epsilon < 1:
+            raise InputError(f"model norm_epsilon is {self.norm_epsilon}; give one in (0, 1)")
+
+
+def feature_shape(config: CNNConfig, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Returns the shape (H, W, C) of what the convolutions make of an image.
+
+    Raises:
+      InputError: the image is too small for the architecture, or no multiple of the patch.
+    """
+    height, width, _ = image_shape
+    if height % config.patch or width % config.patch:
+        raise InputError(
+            f"model patch is {config.patch}, which does not divide images of {height}x{width}"
+        )
+    height, width = height // config.patch, width // config.patch
+    for padding, pool in zip(config.padding, config.pool, strict=True):
+        lost = config.kernel_size - 1 if padding == "VALID" else 0
+        height, width = (height - lost) // pool, (width - lost) // pool
+        if min(height, width) < 1:
+            raise InputError(
+                f"images of {image_shape[0]}x{image_shape[1]} are too small for this model: "
+                "use fewer convolutions, less pooling or SAME padding"
+            )
+    return height, width, config.widths[-1]
+
+
+def space_to_depth(images_BHWC: jax.Array, *, patch: int) -> jax.Array:
+    """Stacks each block of `patch` x `patch` pixels as channels: [B, H/p, W/p, p*p*C]."""
+    B, H, W, C = images_BHWC.shape
+    blocks = images_BHWC.reshape(B, H // patch, patch, W // patch, patch, C)
+    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // patch, W // patch, patch**2 * C)
+
+
+class CNN(nnx.Module):
+    """Convolution -> ReLU -> BatchNorm -> max-pool, a few times; dense; Dropout; classifier.
+
+    Holds no random state: Dropout is handed a key a call.
+    """
+
+    def __init__(
+        self,
+        config: CNNConfig,
+        *,
+        image_shape: tuple[int, int, int] = (28, 28, 1),
+        num_classes: int = 10,
+        rngs: nnx.Rngs,
+    ):
+        """Draws the parameters from `rngs` for images of `image_shape` (H, W, C).
+
+        Raises:
+          InputError: the image is too small for the architecture, or no multiple of the patch.
+        """
+        height, width, channels = feature_shape(config, image_shape)
+        inputs = (config.patch**2 * image_shape[-1], *config.widths[:-1])
+        self.config = config
+        self.convs = nnx.List(
+            [
+                nnx.Conv(
+                    n_in,
+                    n_out,
+                    kernel_size=(config.kernel_size, config.kernel_size),
+                    padding=padding,
+                    use_bias=config.conv_bias,
+                    kernel_init=nnx.initializers.he_normal(),
+                    conv_general_dilated=ops.conv,
+                    rngs=rngs,
+                )
+                for n_in, n_out, padding in zip(inputs, config.widths, config.padding, strict=True)
+            ]
+        )
+        self.norms = nnx.List(
+            [
+                nnx.BatchNorm(
+                    n, momentum=config.norm_momentum, epsilon=config.norm_epsilon, rngs=rngs
+                )
+                for n in config.widths
+            ]
+        )
+        sizes = (height * width * channels, *config.hidden)
+        self.hidden = nnx.List(
+            [
+                nnx.Linear(n_in, n_out, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+                for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True)
+            ]
+        )
+        self.dropout = nnx.Dropout(config.dropout)
+        self.head = nnx.Linear(sizes[-1], num_classes, rngs=rngs)
+
+    def features(self, images_BHWC: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns the activations [B, F] that the classifier sees, before Dropout.
+
+        Args:
+          images_BHWC: float images in [0, 1].
+          train: normalise by the batch's own statistics and move the running ones towards them.
+        """
+        x = space_to_depth(images_BHWC, patch=self.config.patch)
+        for conv, norm, pool in zip(self.convs, self.norms, self.config.pool, strict=True):
+            x = norm(nnx.relu(conv(x)), use_running_average=not train)
+            x = ops.max_pool(x, window=pool)
+        x = x.reshape(x.shape[0], -1)
+        for dense in self.hidden:
+            x = nnx.relu(dense(x))
+        return x
+
+    def __call__(
+        self, images_BHWC: jax.Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns logits [B, K].
+
+        Args:
+          images_BHWC: float images in [0, 1].
+          train: whether BatchNorm uses (and records) batch statistics and Dropout is on.
+          key: Dropout's key; needed where `train` is set and the dropout rate is above 0.
+        """
+        features_BF = self.features(images_BHWC, train=train)
+        return self.head(self.dropout(features_BF, deterministic=not train, rngs=key))

@@ -1,0 +1,114 @@
+"""Learning-rate schedules and the optimizer: optax's own parts, put together."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import optax
+
+ScheduleName = Literal["constant", "exponential", "one_cycle", "cosine"]
+OptimizerName = Literal["sgd", "adamw", "muon"]
+
+# One-cycle and cosine start at this fraction of their peak.
+START_FRACTION = 0.1
+
+
+def make_schedule(
+    name: ScheduleName,
+    *,
+    peak: float,
+    steps_per_epoch: int,
+    epochs: int,
+    decay: float | None = None,
+    warmup: float | None = None,
+) -> optax.Schedule:
+    """Returns the learning rate as a function of the step.
+
+    Args:
+      name: "constant"; "exponential": `peak * decay**epoch`, constant within an epoch;
+        "one_cycle": linear from a tenth of the peak up to it, then linear to 0; "cosine": the same
+        rise, then half a cosine to 0.
+      peak: the highest learning rate.
+      steps_per_epoch: steps in an epoch.
+      epochs: epochs in the run; one-cycle and cosine reach 0 at their end.
+      decay: the factor an epoch, for "exponential".
+      warmup: the rise's fraction of the run, in [0, 1), for "one_cycle" and "cosine".
+    """
+    total = epochs * steps_per_epoch
+    match name:
+        case "constant":
+            return optax.constant_schedule(peak)
+        case "exponential":
+            return optax.exponential_decay(peak, steps_per_epoch, decay, staircase=True)
+        case "one_cycle":
+            fall = optax.linear_schedule(peak, 0.0, total - round(warmup * total))
+        case "cosine":
+            fall = optax.cosine_decay_schedule(peak, total - round(warmup * total))
+        case _:
+            raise ValueError(f"unknown schedule {name!r}")
+    rise = optax.linear_schedule(START_FRACTION * peak, peak, round(warmup * total))
+    return optax.join_schedules([rise, fall], [round(warmup * total)])
+
+
+def decayed(params: optax.Params) -> optax.Params:
+    """Marks what weight decay applies to: kernels, not biases or BatchNorm's scales."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def muon_dimensions(params: optax.Params) -> optax.Params:
+    """Marks what Muon updates, and how it sees a matrix in it.
+
+    Every kernel but the classifier's, as [inputs, outputs]; Adam updates the rest, as Muon's
+    author advises (https://kellerjordan.github.io/posts/muon/).
+    """
+
+    def dimensions(path, param):
+        if param.ndim < 2 or path[0].key == "head":
+            return None
+        inputs = tuple(range(param.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(inputs, param.ndim - 1)
+
+    return jax.tree.map_with_path(dimensions, params)
+
+
+def make_optimizer(
+    name: OptimizerName,
+    *,
+    learning_rate: optax.Schedule,
+    weight_decay: float = 0.0,
+    momentum: float | None = None,
+    nesterov: bool = True,
+    adam_ratio: float | None = None,
+) -> optax.GradientTransformation:
+    """Returns the optimizer; weight decay is decoupled and spares biases and BatchNorm.
+
+    Args:
+      name: "sgd", "adamw" or "muon".
+      learning_rate: the learning rate as a function of the step.
+      weight_decay: the fraction of a kernel that a step at learning rate 1 takes away.
+      momentum: of "sgd" and "muon", in [0, 1).
+      nesterov: whether the momentum of "sgd" and "muon" is Nesterov's.
+      adam_ratio: Adam's learning rate as a fraction of Muon's, for what "muon" leaves to it:
+        biases, BatchNorm and the classifier, none of which is decayed.
+    """
+    match name:
+        case "sgd":
+            return optax.chain(
+                optax.trace(momentum, nesterov=nesterov),
+                optax.add_decayed_weights(weight_decay, decayed),
+                optax.scale_by_learning_rate(learning_rate),
+            )
+        case "adamw":
+            return optax.adamw(learning_rate, weight_decay=weight_decay, mask=decayed)
+        case "muon":
+            return optax.contrib.muon(
+                learning_rate,
+                beta=momentum,
+                nesterov=nesterov,
+                weight_decay=weight_decay,
+                adam_learning_rate=lambda step: adam_ratio * learning_rate(step),
+                muon_weight_dimension_numbers=muon_dimensions,
+            )
+        case _:
+            raise ValueError(f"unknown optimizer {name!r}")

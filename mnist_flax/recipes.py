@@ -1,0 +1,330 @@
+"""Recipes: everything that decides a run's bits, as frozen dataclasses, and the named ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import typing
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from mnist_flax.augment import random_affine
+from mnist_flax.data import DatasetInfo
+from mnist_flax.errors import InputError
+from mnist_flax.model import CNN, CNNConfig
+from mnist_flax.optimizer import OptimizerName, ScheduleName, make_optimizer, make_schedule
+from mnist_flax.steps import Augment, Purpose, TrainState, create_state, draw_key
+
+# What each schedule and optimizer reads beside the fields that all of them read.
+SCHEDULE_FIELDS = {"constant": (), "exponential": ("decay",), "one_cycle": ("warmup",)}
+SCHEDULE_FIELDS["cosine"] = ("warmup",)
+OPTIMIZER_FIELDS = {"sgd": ("momentum",), "adamw": (), "muon": ("momentum", "adam_ratio")}
+
+
+def _require(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raises InputError unless `value` is in [low, high), or in (low, high) where `open_low`."""
+    above = value > low if open_low else value >= low
+    if not (above and value < high):  # NaN fails both
+        raise InputError(f"{name} is {value}; give a number in {'(' if open_low else '['}{low}, {high})")
+
+
+def _require_fields(kind: str, name: str, config: Any, fields: dict[str, tuple[str, ...]]) -> None:
+    """Raises InputError unless `config` sets exactly the optional fields that `name` reads."""
+    if name not in fields:
+        raise InputError(f"{kind} {name!r} is unknown; choose from {', '.join(fields)}")
+    for field in sorted(set().union(*fields.values())):
+        value = getattr(config, field)
+        if field in fields[name] and value is None:
+            raise InputError(f"{kind}.{field} is None, but {kind} {name!r} needs it; give a number")
+        if field not in fields[name] and value is not None:
+            raise InputError(f"{kind}.{field} is {value}, but {kind} {name!r} never reads it; give None")
+
+
+@dataclasses.dataclass(frozen=True)
+class AffineConfig:
+    """Ranges of the random affine augmentation; all 0 trains on the images as they are.
+
+    Attributes:
+      rotate: largest rotation in degrees, either way, in [0, 180).
+      shift: largest shift as a fraction of the height and of the width, in [0, 1).
+      zoom: largest change of scale, x and y apart, as a fraction, in [0, 1).
+      shear: largest shear angle in degrees, either way, in [0, 90).
+    """
+
+    rotate: float = 0.0
+    shift: float = 0.0
+    zoom: float = 0.0
+    shear: float = 0.0
+
+    def __post_init__(self):
+        _require("augment.rotate", self.rotate, 0, 180)
+        _require("augment.shift", self.shift, 0, 1)
+        _require("augment.zoom", self.zoom, 0, 1)
+        _require("augment.shear", self.shear, 0, 90)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer.
+
+    Attributes:
+      name: "sgd", "adamw" or "muon".
+      learning_rate: the schedule's peak, above 0.
+      momentum: of sgd and muon, in [0, 1); None for adamw.
+      nesterov: whether the momentum of sgd and muon is Nesterov's.
+      adam_ratio: Adam's learning rate as a fraction of Muon's, for what Muon leaves to it; None for
+        sgd and adamw.
+      weight_decay: decoupled, of kernels: the fraction that a step at learning rate 1 takes away.
+    """
+
+    name: OptimizerName = "sgd"
+    learning_rate: float = 0.01
+    momentum: float | None = 0.9
+    nesterov: bool = True
+    adam_ratio: float | None = None
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        _require_fields("optimizer", self.name, self, OPTIMIZER_FIELDS)
+        _require("optimizer.learning_rate", self.learning_rate, 0, math.inf, open_low=True)
+        _require("optimizer.weight_decay", self.weight_decay, 0, math.inf)
+        if self.momentum is not None:
+            _require("optimizer.momentum", self.momentum, 0, 1)
+        if self.adam_ratio is not None:
+            _require("optimizer.adam_ratio", self.adam_ratio, 0, math.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate as a function of the step.
+
+    Attributes:
+      name: "constant", "exponential", "one_cycle" or "cosine".
+      decay: the factor an epoch, for exponential, in (0, 1); None otherwise.
+      warmup: the fraction of the run in which one_cycle and cosine rise, in [0, 1); None otherwise.
+    """
+
+    name: ScheduleName = "constant"
+    decay: float | None = None
+    warmup: float | None = None
+
+    def __post_init__(self):
+        _require_fields("schedule", self.name, self, SCHEDULE_FIELDS)
+        if self.decay is not None:
+            _require("schedule.decay", self.decay, 0, 1, open_low=True)
+        if self.warmup is not None:
+            _require("schedule.warmup", self.warmup, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlateauConfig:
+    """Lowering the learning rate when the validation loss stops falling.
+
+    Attributes:
+      patience: epochs without improvement before the rate is lowered; None never lowers it.
+      factor: what the rate is multiplied by, in (0, 1).
+      min_delta: smallest improvement that counts, as a fraction of the best loss, in (0, 1).
+      min_scale: the product of all factors never falls below this, in [0, 1).
+    """
+
+    patience: int | None = None
+    factor: float = 0.5
+    min_delta: float = 1e-4
+    min_scale: float = 0.0
+
+    def __post_init__(self):
+        if self.patience is not None:
+            _require("plateau.patience", self.patience, 1, math.inf)
+        _require("plateau.factor", self.factor, 0, 1, open_low=True)
+        _require("plateau.min_delta", self.min_delta, 0, 1, open_low=True)
+        _require("plateau.min_scale", self.min_scale, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoppingConfig:
+    """Stopping when the validation loss stops falling.
+
+    Attributes:
+      patience: epochs without improvement after which to stop; None trains to the end.
+      min_delta: smallest decrease of the loss, in nats, that counts, at least 0.
+    """
+
+    patience: int | None = None
+    min_delta: float = 0.0
+
+    def __post_init__(self):
+        if self.patience is not None:
+            _require("stopping.patience", self.patience, 1, math.inf)
+        _require("stopping.min_delta", self.min_delta, 0, math.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run's bits, beside versions and hardware.
+
+    Attributes:
+      dataset: TFDS's name of the dataset.
+      val_size: training examples set aside for validation; 0 trains on all of them, for a fixed
+        number of epochs, and keeps the last state instead of the best.
+      split_seed: seed of the permutation that chooses them.
+      seed: seed of initialization, order, augmentation and Dropout, in [0, 2**32).
+      epochs: epochs to train, at most.
+      batch_size: examples in a training step; a last partial batch is left out of its epoch.
+      label_smoothing: the share of each target that is spread evenly over classes, in [0, 1).
+      model: the architecture.
+      augment: the augmentation's ranges.
+      optimizer: the optimizer.
+      schedule: the learning rate's course.
+      plateau: lowering the learning rate on the validation loss.
+      stopping: early stopping on the validation loss.
+    """
+
+    dataset: str = "mnist"
+    val_size: int = 5000
+    split_seed: int = 0
+    seed: int = 0
+    epochs: int = 10
+    batch_size: int = 128
+    label_smoothing: float = 0.0
+    model: CNNConfig = CNNConfig()
+    augment: AffineConfig = AffineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    plateau: PlateauConfig = PlateauConfig()
+    stopping: StoppingConfig = StoppingConfig()
+
+    def __post_init__(self):
+        _require("val_size", self.val_size, 0, math.inf)
+        _require("split_seed", self.split_seed, 0, 2**32)
+        _require("seed", self.seed, 0, 2**32)
+        _require("epochs", self.epochs, 1, math.inf)
+        _require("batch_size", self.batch_size, 1, math.inf)
+        _require("label_smoothing", self.label_smoothing, 0, 1)
+        for name, config in (("plateau", self.plateau), ("stopping", self.stopping)):
+            if config.patience is not None and self.val_size == 0:
+                raise InputError(
+                    f"{name}.patience is {config.patience}, but val_size is 0: there is no "
+                    f"validation loss to watch; set val_size above 0 or {name}.patience to None"
+                )
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Returns the recipe as nested JSON values (tuples become lists)."""
+    return _lists(dataclasses.asdict(recipe))
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """Rebuilds a recipe from `to_dict`'s result.
+
+    Raises:
+      InputError: a field is unknown or impossible.
+    """
+    try:
+        return _build(Recipe, values)
+    except TypeError as error:
+        raise InputError(f"the recipe holds a value of the wrong type: {error}") from error
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Returns a "field: old -> new" for each field in which two recipes' dicts differ."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            lines.append(f"{prefix}{name}: {before} -> {after}")
+    return lines
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _lists(entry) for name, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _build(cls: type, values: Any) -> Any:
+    types = typing.get_type_hints(cls)
+    if not isinstance(values, dict) or (unknown := sorted(values.keys() - types.keys())):
+        raise InputError(f"the recipe's {cls.__name__} is not readable: unknown {unknown or values}")
+    fields = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types[name]):
+            value = _build(types[name], value)
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**fields)
+
+
+def make_augment(recipe: Recipe) -> Augment | None:
+    """Returns `augment(key, images_BHWC)` for `train_step`, or None where every range is 0."""
+    ranges = dataclasses.asdict(recipe.augment)
+    return functools.partial(random_affine, **ranges) if any(ranges.values()) else None
+
+
+def recipe_schedule(recipe: Recipe, *, steps_per_epoch: int) -> optax.Schedule:
+    """Returns the recipe's learning rate as a function of the step."""
+    return make_schedule(
+        recipe.schedule.name,
+        peak=recipe.optimizer.learning_rate,
+        steps_per_epoch=steps_per_epoch,
+        epochs=recipe.epochs,
+        decay=recipe.schedule.decay,
+        warmup=recipe.schedule.warmup,
+    )
+
+
+def recipe_state(recipe: Recipe, info: DatasetInfo, *, steps_per_epoch: int) -> TrainState:
+    """Returns the state at step 0. Traceable: it can be jitted, or shaped by `jax.eval_shape`."""
+    key = jax.random.key(recipe.seed)
+    model = CNN(
+        recipe.model,
+        image_shape=info.image_shape,
+        num_classes=info.num_classes,
+        rngs=nnx.Rngs(params=draw_key(key, Purpose.INIT, 0)),
+    )
+    optimizer = make_optimizer(
+        recipe.optimizer.name,
+        learning_rate=recipe_schedule(recipe, steps_per_epoch=steps_per_epoch),
+        weight_decay=recipe.optimizer.weight_decay,
+        momentum=recipe.optimizer.momentum,
+        nesterov=recipe.optimizer.nesterov,
+        adam_ratio=recipe.optimizer.adam_ratio,
+    )
+    return create_state(key, model, optimizer)
+
+
+# The notebook's recipe: 915,146 parameters, plain SGD, five epochs.
+SEED = Recipe(
+    epochs=5,
+    batch_size=64,
+    augment=AffineConfig(rotate=10.0, shift=0.1, zoom=0.1),
+    optimizer=OptimizerConfig("sgd", learning_rate=0.01, momentum=0.9, nesterov=False),
+    schedule=ScheduleConfig("exponential", decay=0.9),
+)
+
+DEFAULT = Recipe(
+    epochs=12,
+    batch_size=128,
+    label_smoothing=0.1,
+    model=CNNConfig(
+        patch=2,
+        widths=(16, 32, 64, 96),
+        padding=("SAME", "SAME", "SAME", "VALID"),
+        pool=(1, 2, 1, 2),
+        conv_bias=False,
+        norm_momentum=0.9,
+        hidden=(),
+        dropout=0.0,
+    ),
+    augment=AffineConfig(rotate=10.0, shift=0.06, zoom=0.1),
+    optimizer=OptimizerConfig("muon", learning_rate=0.02, momentum=0.8, adam_ratio=0.2),
+    schedule=ScheduleConfig("one_cycle", warmup=0.2),
+    plateau=PlateauConfig(patience=3),
+    stopping=StoppingConfig(patience=5),
+)
+
+RECIPES = {"seed": SEED, "default": DEFAULT}

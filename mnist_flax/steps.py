@@ -1,0 +1,184 @@
+"""The train and eval steps: pure functions of pytrees, not jitted.
+
+`jax.jit`, `jax.vmap` over stacked states, `jax.lax.scan` over batches and a sharded mesh apply to
+them as they stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mnist_flax.data import Examples
+from mnist_flax.metrics import Metrics
+
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Purpose(enum.IntEnum):
+    """What a random draw is for. The numbers are part of every run's identity."""
+
+    INIT = 0
+    ORDER = 1
+    AUGMENT = 2
+    DROPOUT = 3
+
+
+def draw_key(key: jax.Array, purpose: Purpose, index: jax.Array | int) -> jax.Array:
+    """Returns the key of one draw: `purpose` at step or epoch `index` of the run that `key` names.
+
+    So a resumed run needs no record of what was drawn, and a longer run draws the same at first.
+    """
+    return jax.random.fold_in(jax.random.fold_in(key, purpose), index)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and writes. A pytree.
+
+    Attributes:
+      step: steps taken, int32 [].
+      key: the run's key; it never changes.
+      params: trainable parameters.
+      batch_stats: BatchNorm's running means and variances.
+      opt_state: the optimizer's state.
+      plateau: the plateau schedule's state; its `scale` multiplies every update.
+      graphdef: the model's structure (static).
+      optimizer: the gradient transformation (static).
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    plateau: optax.contrib.ReduceLROnPlateauState
+    graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+    optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
+
+
+def create_state(
+    key: jax.Array, model: nnx.Module, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Splits `model` into a state at step 0. `key` seeds every later draw."""
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    params = nnx.as_pure(params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+        params=params,
+        batch_stats=nnx.as_pure(batch_stats),
+        opt_state=optimizer.init(params),
+        plateau=optax.contrib.reduce_on_plateau().init(params),
+        graphdef=graphdef,
+        optimizer=optimizer,
+    )
+
+
+def to_model(state: TrainState) -> Any:
+    """Returns the model with copies of the state's parameters and statistics."""
+    return nnx.merge(state.graphdef, state.params, state.batch_stats, copy=True)
+
+
+def to_float(images_BHWC: jax.Array) -> jax.Array:
+    """Maps uint8 images [0, 255] to float32 [0, 1]; float images pass unchanged."""
+    if images_BHWC.dtype == jnp.uint8:
+        return images_BHWC.astype(jnp.float32) / 255
+    return images_BHWC
+
+
+def train_step(
+    state: TrainState,
+    batch: Examples,
+    *,
+    augment: Augment | None = None,
+    label_smoothing: float | jax.Array = 0.0,
+) -> tuple[TrainState, Metrics]:
+    """Takes one optimizer step on the mean cross-entropy of a full batch.
+
+    Args:
+      state: the state before the step; its arrays stay valid.
+      batch: images [B, H, W, C], uint8 or float in [0, 1], and labels [B] int32 in [0, K).
+      augment: `augment(key, images_BHWC) -> images_BHWC` on float images, such as
+        `functools.partial(random_affine, rotate=10)`; None trains on the images as they are.
+      label_smoothing: the share of each target that is spread evenly over the classes, in [0, 1).
+
+    Returns:
+      The state after the step, and the batch's metrics under the parameters before it: the
+      (smoothed) training loss and the accuracy with Dropout and augmentation on.
+    """
+    images_BHWC = to_float(batch.images)
+    if augment is not None:
+        images_BHWC = augment(draw_key(state.key, Purpose.AUGMENT, state.step), images_BHWC)
+
+    def loss_fn(params):
+        model = to_model(dataclasses.replace(state, params=params))
+        dropout_key = draw_key(state.key, Purpose.DROPOUT, state.step)
+        logits_BK = model(images_BHWC, train=True, key=dropout_key)
+        targets_BK = jax.nn.one_hot(batch.labels, logits_BK.shape[-1], dtype=logits_BK.dtype)
+        targets_BK = optax.smooth_labels(targets_BK, label_smoothing)
+        losses_B = optax.softmax_cross_entropy(logits_BK, targets_BK)
+        batch_stats = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+        return jnp.mean(losses_B), (batch_stats, losses_B, logits_BK)
+
+    grads, (batch_stats, losses_B, logits_BK) = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = state.optimizer.update(grads, state.opt_state, state.params)
+    updates = optax.tree.scale(state.plateau.scale, updates)
+    new_state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+    )
+    return new_state, Metrics.of_batch(
+        losses_B=losses_B, logits_BK=logits_BK, labels_B=batch.labels
+    )
+
+
+def eval_logits(state: TrainState, images_BHWC: jax.Array) -> jax.Array:
+    """Returns logits [B, K] with running statistics, without Dropout or augmentation."""
+    return to_model(state)(to_float(images_BHWC), train=False)
+
+
+def eval_step(state: TrainState, batch: Examples) -> Metrics:
+    """Returns the metrics of a batch: plain cross-entropy and accuracy.
+
+    Args:
+      state: the state; its arrays stay valid.
+      batch: images [B, H, W, C] and labels [B] int32; a label of -1 marks padding, which counts
+        for nothing.
+    """
+    logits_BK = eval_logits(state, batch.images)
+    losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BK, jnp.maximum(batch.labels, 0))
+    return Metrics.of_batch(losses_B=losses_B, logits_BK=logits_BK, labels_B=batch.labels)
+
+
+def reduce_on_plateau(
+    state: TrainState,
+    loss: jax.Array,
+    *,
+    patience: int,
+    factor: float,
+    min_delta: float,
+    min_scale: float,
+) -> TrainState:
+    """Returns the state after an epoch whose validation loss was `loss`.
+
+    `optax.contrib.reduce_on_plateau` does the counting: after `patience` epochs in which the loss
+    was not below the best by `min_delta` (a fraction of it), the scale of every update is
+    multiplied by `factor`, down to `min_scale`.
+    """
+    schedule = optax.contrib.reduce_on_plateau(
+        factor=factor, patience=patience, rtol=min_delta, min_scale=min_scale
+    )
+    _, plateau = schedule.update({}, state.plateau, value=loss)
+    return dataclasses.replace(state, plateau=plateau)
