@@ -66,13 +66,13 @@ def find_archives(directory: str | os.PathLike[str]) -> Archives:
     """Finds the four archives of a dataset by their usual names.
 
     Args:
-        directory: Where they lie. Where a file is there twice, `.gz` is taken.
+      directory: Where they lie. Where a file is there twice, `.gz` is taken.
 
     Returns:
-        Their paths.
+      Their paths.
 
     Raises:
-        InputError: There is no such directory, or a file is missing from it.
+      InputError: There is no such directory, or a file is missing from it.
     """
     root = Path(directory).expanduser()
     if not root.is_dir():
@@ -95,15 +95,15 @@ def read_idx(path: str | os.PathLike[str], *, ndim: int) -> np.ndarray:
     and never more than its header says is inflated.
 
     Args:
-        path: The file.
-        ndim: The number of dimensions it must have: 3 for images, 1 for labels.
+      path: The file.
+      ndim: The number of dimensions it must have: 3 for images, 1 for labels.
 
     Returns:
-        uint8, with the shape that the header gives.
+      uint8, with the shape that the header gives.
 
     Raises:
-        InputError: It is no such file, is truncated, is damaged, has bytes left over, or claims
-            more than 1 GiB.
+      InputError: It is no such file, is truncated, is damaged, has bytes left over, or claims
+        more than 1 GiB.
     """
     path = Path(path)
     if not path.is_file():
@@ -148,14 +148,14 @@ def read_examples(
     """Reads one split of MNIST, or of a dataset published in its form.
 
     Args:
-        images_path: An IDX file of 28x28 images.
-        labels_path: An IDX file of as many labels, each from 0 to 9.
+      images_path: An IDX file of 28x28 images.
+      labels_path: An IDX file of as many labels, each from 0 to 9.
 
     Returns:
-        images_NHW uint8 and labels_N uint8.
+      images_NHW uint8 and labels_N uint8.
 
     Raises:
-        InputError: A file cannot be read, or the two do not make such a split.
+      InputError: A file cannot be read, or the two do not make such a split.
     """
     images_NHW = read_idx(images_path, ndim=3)
     labels_N = read_idx(labels_path, ndim=1)
@@ -182,16 +182,16 @@ def dataset_dir(
     set of archives from another.
 
     Args:
-        name: One of `NAMES`.
-        data_dir: TFDS's root directory.
-        archives: Where the archives lie, if not those that TFDS knows.
+      name: One of `NAMES`.
+      data_dir: TFDS's root directory.
+      archives: Where the archives lie, if not those that TFDS knows.
 
     Returns:
-        The directory, which need not exist. With `archives` its config is named by the SHA-256 of
-        their contents.
+      The directory, which need not exist. With `archives` its config is named by the SHA-256 of
+      their contents.
 
     Raises:
-        InputError: `archives` is no directory of four archives.
+      InputError: `archives` is no directory of four archives.
     """
     config = "canonical" if archives is None else f"archives-{_digest(find_archives(archives))}"
     return data_dir / name / config / VERSION
@@ -206,72 +206,61 @@ def prepare(
 ) -> None:
     """Has TFDS write a dataset into `dataset_dir`, as array_record in the order of its archives.
 
-    Only one process may do so at a time: what a killed one left behind is removed first.
+    Does nothing if it is there already. Only one process may do so at a time: what a killed one
+    left behind is removed first.
 
     Args:
-        name: One of `NAMES`.
-        data_dir: TFDS's root directory.
-        archives: A directory of four archives to take instead of those that TFDS knows. Their
-            structure is checked, and not their checksums.
-        manual_dir: A directory from which TFDS takes archives that it would download, checking
-            their SHA-256. By default `BUNDLED` for MNIST, and none for the others.
+      name: One of `NAMES`.
+      data_dir: TFDS's root directory.
+      archives: A directory of four archives to take instead of those that TFDS knows. Their
+        structure is checked, and not their checksums.
+      manual_dir: A directory from which TFDS takes archives that it would download, checking
+        their SHA-256. By default `BUNDLED` for MNIST, and none for the others.
 
     Raises:
-        InputError: The archives are damaged or cannot be had, or `data_dir` cannot be written.
+      InputError: The archives are damaged or cannot be had, or `data_dir` cannot be written.
     """
     directory = dataset_dir(name, data_dir=data_dir, archives=archives)
-    if archives is not None:
-        _check(find_archives(archives))
+    downloads = directory.parent / "downloads"
+    for leftover in (downloads, *directory.parent.glob("incomplete.*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if (directory / "dataset_info.json").is_file():
+        return
     if manual_dir is None and name == "mnist":
         manual_dir = BUNDLED
-    downloads = directory.parent / "downloads"
-    with quiet():
-        import tensorflow_datasets as tfds
-        from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
-
-        builder = _builder_class(name)(
-            data_dir=data_dir,
-            config=tfds.core.BuilderConfig(name=directory.parent.name),
-            file_format="array_record",
-        )
-        builder.archives = None if archives is None else find_archives(archives)
-        if archives is None and not _all_in(manual_dir):
-            _check_reachable(name, builder.URL)
-        try:
-            remove_leftovers(directory)
-            builder.download_and_prepare(
+    if archives is not None:
+        files = find_archives(archives)
+        read_examples(files.train_images, files.train_labels)
+        read_examples(files.test_images, files.test_labels)
+    else:
+        files = None
+        if not _all_in(manual_dir):
+            _check_reachable(name)
+    try:
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):
+            _download_and_prepare(
+                name,
+                directory=directory,
+                files=files,
+                manual_dir=manual_dir,
                 download_dir=downloads,
-                download_config=tfds.download.DownloadConfig(
-                    manual_dir=manual_dir, try_download_gcs=False
-                ),
             )
-        except NonMatchingChecksumError as error:
-            raise InputError(
-                f"{_reason(error).removesuffix(':')}; reinstall mnist_flax or delete that file"
-            ) from error
-        # RuntimeError is what array_record raises, for a full disk among other things.
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"cannot prepare {name} in {directory}: {_reason(error)}") from error
-        finally:
-            shutil.rmtree(downloads, ignore_errors=True)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Removes what a killed preparation of `directory` left beside it."""
-    for path in (directory.parent / "downloads", *directory.parent.glob("incomplete.*")):
-        shutil.rmtree(path, ignore_errors=True)
+    # RuntimeError is what array_record raises, for a full disk among other things.
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot prepare {name} in {directory}: {_reason(error)}") from error
+    finally:
+        shutil.rmtree(downloads, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what TFDS prints and logs below errors; its progress bars, on stderr, stay."""
+    """Silences what TFDS logs below errors; its progress bars stay."""
     from absl import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
 

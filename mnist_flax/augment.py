@@ -2,8 +2,9 @@
 
 The transform is that of Keras's `ImageDataGenerator` (`get_random_transform` and
 `apply_affine_transform` in keras/src/legacy/preprocessing/image.py): the same parameters, units,
-signs, centre and order of composition. It differs at the border: Keras repeats the edge pixels by
-default, and here everything outside the image is 0, which is MNIST's background.
+signs, centre and order of composition. Two things differ: outside the image everything is 0, which
+is MNIST's background, where Keras repeats the edge pixels by default; and a shift is always a
+fraction, where Keras takes one from 1 up as pixels.
 """
 
 import jax
@@ -133,7 +134,7 @@ def warp_affine(images_BHWC: jax.Array, matrices_B23: jax.Array) -> jax.Array:
     Args:
         images_BHWC: Floating-point images [B, H, W, C].
         matrices_B23: Floating-point matrices [B, 2, 3] from the (y, x, 1) of an output pixel to
-          input coordinates, as `affine_matrix` makes them.
+            input coordinates, as `affine_matrix` makes them.
 
     Returns:
         The resampled images [B, H, W, C], in the dtype of `images_BHWC`.

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -23,6 +23,7 @@ import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm.auto import tqdm
 
 from mnist_flax import archives as archives_lib
 from mnist_flax.errors import InputError
@@ -40,12 +41,17 @@ class Examples(NamedTuple):
     """Images and their labels: a split, a batch, or [S, B] batches. A pytree.
 
     Attributes:
-        images: [N, H, W, C] uint8, from 0 to 255.
-        labels: [N] int32, from 0 to K - 1; in batches for evaluation, -1 marks padding.
+      images: [N, H, W, C] uint8, from 0 to 255.
+      labels: [N] int32, from 0 to K - 1; in batches for evaluation, -1 marks padding.
     """
 
-    images: Any
-    labels: Any
+    images: np.ndarray | jax.Array
+    labels: np.ndarray | jax.Array
+
+    @property
+    def num_examples(self) -> int:
+        """N, the leading axis. (`len` counts the fields of a tuple, which are two.)"""
+        return len(self.labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +59,13 @@ class DatasetInfo:
     """What a dataset is.
 
     Attributes:
-        name: Its name in TFDS, such as "mnist"; with a config, "emnist/balanced".
-        version: Its version in TFDS, such as "3.0.1".
-        num_classes: K.
-        class_names: K names, by label.
-        image_shape: (H, W, C).
-        fingerprint: 16 hexadecimal digits of SHA-256 over the pixels and labels of the train and
-            test splits, in order: the same data has the same fingerprint on every machine.
+      name: Its name in TFDS, such as "mnist"; with a config, "emnist/balanced".
+      version: Its version in TFDS, such as "3.0.1".
+      num_classes: K.
+      class_names: K names, by label.
+      image_shape: (H, W, C).
+      fingerprint: 16 hexadecimal digits of SHA-256 over the pixels and labels of the train and
+        test splits, in order: the same data has the same fingerprint on every machine.
     """
 
     name: str
@@ -76,10 +82,8 @@ class Records:
     A sequence: `len(records)`; `records[i]` is one example, `Examples(image_HWC, label)`.
 
     Attributes:
-        image_shape: (H, W, C).
+      image_shape: (H, W, C).
     """
-
-    image_shape: tuple[int, int, int]
 
     def __init__(self, prepared: "_Prepared", *, split: str, indices_N: np.ndarray):
         self.image_shape = prepared.image_shape
@@ -87,16 +91,21 @@ class Records:
         self._source = prepared.source(split)
         self._indices_N = indices_N
 
+    @property
+    def num_examples(self) -> int:
+        """N, the same as `len`."""
+        return len(self)
+
     def __len__(self) -> int:
         return len(self._indices_N)
 
     def __getitem__(self, index: int) -> Examples:
-        images, labels = self.take(np.array([index]))
-        return Examples(images[0], labels[0])
+        image_1HWC, label_1 = self.take(np.array([index]))
+        return Examples(image_1HWC[0], label_1[0])
 
-    def take(self, indices_B: np.ndarray) -> Examples:
+    def take(self, indices_B: np.ndarray | jax.Array) -> Examples:
         """Reads a batch: images [B, H, W, C] uint8 and labels [B] int32."""
-        return self._prepared.read(self._source, self._indices_N[indices_B])
+        return self._prepared.read(self._source, self._indices_N[np.asarray(indices_B)])
 
 
 TrainT = TypeVar("TrainT", Examples, Records)
@@ -107,10 +116,10 @@ class Splits(Generic[TrainT]):
     """A dataset in three parts.
 
     Attributes:
-        train: TFDS's "train" split without `val`: `Examples`, or `Records` if streamed.
-        val: The part of "train" held out for model selection. May be empty.
-        test: TFDS's "test" split.
-        info: What the dataset is.
+      train: TFDS's "train" split without `val`: `Examples`, or `Records` if streamed.
+      val: The part of "train" held out for model selection. May be empty.
+      test: TFDS's "test" split.
+      info: What the dataset is.
     """
 
     train: TrainT
@@ -131,25 +140,25 @@ def load_splits(
     """Loads a dataset, preparing it first where that has not been done.
 
     Args:
-        name: "mnist", "fashion_mnist" or "kmnist", which are prepared on demand: MNIST from
-            archives that come with this package, the others by downloading them. Or any
-            dataset of uint8 images of one shape that TFDS has already prepared under `data_dir`
-            as array_record, with splits "train" and "test": "name", "name/config" or
-            "name/config:version" (by default, the highest version there is).
-        val_size: How many examples to hold out of "train" (see `split_indices`).
-        seed: Which ones to hold out.
-        data_dir: TFDS's root directory. By default $TFDS_DATA_DIR, or ~/tensorflow_datasets.
-        archives: A directory of the four IDX archives to prepare the dataset from, instead of
-            those that TFDS knows: for one that cannot be downloaded, or for variants of MNIST.
-        stream: Make `train` a `Records`, of which nothing is held in memory.
+      name: "mnist", "fashion_mnist" or "kmnist", which are prepared on demand: MNIST from
+        archives that come with this package, the others by downloading them. Or any
+        dataset of uint8 images of one shape that TFDS has already prepared under `data_dir`
+        as array_record, with splits "train" and "test": "name", "name/config" or
+        "name/config:version" (by default, the highest version there is).
+      val_size: How many examples to hold out of "train" (see `split_indices`).
+      seed: Which ones to hold out.
+      data_dir: TFDS's root directory. By default $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+      archives: A directory of the four IDX archives to prepare the dataset from, instead of
+        those that TFDS knows: for one that cannot be downloaded, or for variants of MNIST.
+      stream: Make `train` a `Records`, of which nothing is held in memory.
 
     Returns:
-        The splits. All are in the order of the prepared records, which for MNIST and its like is
-        that of the archives.
+      The splits. All are in the order of the prepared records, which for MNIST and its like is
+      that of the archives.
 
     Raises:
-        InputError: The dataset is unknown, unsuitable or damaged, cannot be downloaded or written,
-            or has no `val_size` examples to spare.
+      InputError: The dataset is unknown, unsuitable or damaged, cannot be downloaded or written,
+        or has no `val_size` examples to spare.
     """
     if val_size < 0 or seed < 0:
         raise InputError(f"val_size and seed must not be negative, got {val_size} and {seed}")
@@ -162,12 +171,11 @@ def load_splits(
     elif archives is not None:
         raise InputError(f"archives can stand for {_known()}, not for {name!r}")
     else:
-        directory = _find_prepared(name, root)
-        prepare = None
+        directory, prepare = _find_prepared(name, root), lambda: None
     if stream:
-        return _stream_splits(directory, prepare, val_size=val_size, seed=seed)
+        return _load_streamed(directory, prepare, val_size=val_size, seed=seed)
     train, test, info = _read_decoded(directory) or _decode_once(directory, prepare)
-    train_indices, val_indices = split_indices(len(train.labels), val_size=val_size, seed=seed)
+    train_indices, val_indices = split_indices(train.num_examples, val_size=val_size, seed=seed)
     return Splits(take(train, train_indices), take(train, val_indices), test, info)
 
 
@@ -181,15 +189,15 @@ def split_indices(
     promise those of `Generator.permutation`.
 
     Args:
-        num_examples: N, how many there are.
-        val_size: How many to hold out: from 0 to N - 1.
-        seed: Not negative.
+      num_examples: N, how many there are.
+      val_size: How many to hold out: from 0 to N - 1.
+      seed: Not negative.
 
     Returns:
-        train_indices and val_indices, int64, each ascending; together they are 0 to N - 1.
+      train_indices and val_indices, int64, each ascending; together they are 0 to N - 1.
 
     Raises:
-        InputError: `val_size` would leave nothing to train on.
+      InputError: `val_size` would leave nothing to train on.
     """
     if not 0 <= val_size < num_examples:
         raise InputError(
@@ -200,7 +208,7 @@ def split_indices(
     return np.sort(order_N[val_size:]), np.sort(order_N[:val_size])
 
 
-def take(examples: Examples | Records, indices_B: np.ndarray) -> Examples:
+def take(examples: Examples | Records, indices_B: np.ndarray | jax.Array) -> Examples:
     """Gathers a batch: images [B, H, W, C] uint8 and labels [B] int32."""
     if isinstance(examples, Records):
         return examples.take(indices_B)
@@ -211,16 +219,16 @@ def epoch_order(key: jax.Array, *, num_examples: int, batch_size: int) -> jax.Ar
     """Shuffles the examples of an epoch into full batches.
 
     Args:
-        key: A fresh key for each epoch.
-        num_examples: N.
-        batch_size: B, from 1 to N.
+      key: A fresh key for each epoch.
+      num_examples: N.
+      batch_size: B, from 1 to N.
 
     Returns:
-        indices_SB int32: S = N // B batches of distinct examples. The N % B examples left over
-        differ from epoch to epoch.
+      indices_SB int32: S = N // B batches of distinct examples. The N % B examples left over
+      differ from epoch to epoch.
 
     Raises:
-        InputError: `batch_size` is not from 1 to N.
+      InputError: `batch_size` is not from 1 to N.
     """
     if not 1 <= batch_size <= num_examples:
         raise InputError(
@@ -235,19 +243,19 @@ def eval_batches(examples: Examples, *, batch_size: int) -> Examples:
     """Cuts a split into batches, of which the last is padded: every example is there once.
 
     Args:
-        examples: N examples.
-        batch_size: B, at least 1.
+      examples: N examples.
+      batch_size: B, at least 1.
 
     Returns:
-        images [S, B, H, W, C] uint8 and labels [S, B] int32, with S = ceil(N / B). Padding has
-        images of zeros and the label -1.
+      images [S, B, H, W, C] uint8 and labels [S, B] int32, with S = ceil(N / B). Padding has
+      images of zeros and the label -1.
 
     Raises:
-        InputError: `batch_size` is less than 1.
+      InputError: `batch_size` is less than 1.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    num_examples = len(examples.labels)
+    num_examples = examples.num_examples
     steps = -(-num_examples // batch_size)
     padding = steps * batch_size - num_examples
     images = np.pad(examples.images, [(0, padding), (0, 0), (0, 0), (0, 0)])
@@ -271,17 +279,17 @@ def stream_batches(
     `set_state` save and restore its position, counted from `start`.
 
     Args:
-        examples: What to read from.
-        indices_SB: An epoch, from `epoch_order`.
-        start: The first batch to read, to resume within an epoch.
-        num_threads: How many batches to read at a time; 0 reads in the caller's thread.
-        prefetch: How many batches to hold ready.
+      examples: What to read from.
+      indices_SB: An epoch, from `epoch_order`.
+      start: The first batch to read, to resume within an epoch.
+      num_threads: How many batches to read at a time; 0 reads in the caller's thread.
+      prefetch: How many batches to hold ready.
 
     Returns:
-        An iterator over the batches `start` to S - 1.
+      An iterator over the batches `start` to S - 1.
 
     Raises:
-        InputError: `start` is not from 0 to S.
+      InputError: `start` is not from 0 to S.
     """
     import grain
 
@@ -491,10 +499,11 @@ class _Prepared:
             self.read(self.source("train"), np.arange(1))
 
     def info(self, fingerprint: str) -> DatasetInfo:
-        config = self._builder.builder_config_name
-        is_ours = self._builder.name in archives_lib.NAMES
+        name, config = self._builder.name, self._builder.builder_config_name
+        if config and name not in archives_lib.NAMES:  # Theirs says only where the archives lay.
+            name = f"{name}/{config}"
         return DatasetInfo(
-            name=self._builder.name,
+            name=name,
             version=str(self._builder.version),
             num_classes=len(self._class_names),
             class_names=self._class_names,

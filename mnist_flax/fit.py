@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
@@ -134,9 +135,9 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh) -> None:
     Raises:
       InputError: it can not.
     """
-    if recipe.batch_size > len(splits.train):
+    if recipe.batch_size > num_train(splits):
         raise InputError(
-            f"batch_size is {recipe.batch_size}, larger than the {len(splits.train)} "
+            f"batch_size is {recipe.batch_size}, larger than the {num_train(splits)} "
             "training examples; give a smaller one"
         )
     if recipe.batch_size % mesh.size:
@@ -220,25 +221,28 @@ Feed = Callable[[int, int], Window]
 def resident_feed(examples: Examples, indices_SB: jax.Array) -> Feed:
     """Feeds an epoch from examples that are all on the device."""
 
+    steps = indices_SB.shape[0]
+
     def feed(done: int, wanted: int) -> Window:
-        return Window(examples, indices_SB, done, min(done + wanted, len(indices_SB)))
+        return Window(examples, indices_SB, done, min(done + wanted, steps))
 
     return feed
 
 
-def streamed_feed(records: Records, indices_SB: np.ndarray, *, start: int, mesh: Mesh) -> Feed:
+def streamed_feed(records: Records, indices_SB: jax.Array, *, start: int, mesh: Mesh) -> Feed:
     """Feeds an epoch from records read on threads, a few steps' worth on the device at a time."""
     S, B = indices_SB.shape
     batches = stream_batches(records, indices_SB, start=start)
+    blank = Examples(np.zeros((B, *records.image_shape), np.uint8), np.zeros(B, np.int32))
     rows = np.arange(STREAM_STEPS * B, dtype=np.int32).reshape(STREAM_STEPS, B)
     rows_SB = jax.device_put(rows, NamedSharding(mesh, PartitionSpec(None, "data")))
 
     def feed(done: int, wanted: int) -> Window:
         count = min(wanted, STREAM_STEPS, S - done)
-        read = [next(batches) for _ in range(count)]
-        read += [read[-1]] * (STREAM_STEPS - count)  # one shape, one compilation
-        window = jax.tree.map(lambda *parts: np.concatenate(parts), *read)
-        return Window(jax.device_put(window, NamedSharding(mesh, PartitionSpec())), rows_SB, 0, count)
+        read = [next(batches) for _ in range(count)] + [blank] * (STREAM_STEPS - count)
+        window = Examples(*(np.concatenate(parts) for parts in zip(*read, strict=True)))
+        on_device = jax.device_put(window, NamedSharding(mesh, PartitionSpec()))
+        return Window(on_device, rows_SB, 0, count)
 
     return feed
 
@@ -266,10 +270,12 @@ def compile_programs(
 ) -> Programs:
     """Compiles training and validation for arrays like these; runs nothing."""
     began = time.perf_counter()
-    steps = functools.partial(
+    steps_of_epoch = functools.partial(
         train_steps, augment=make_augment(recipe), label_smoothing=recipe.label_smoothing
     )
-    train = jax.jit(steps, donate_argnums=0).lower(state, metrics, *window).compile()
+    everywhere = jax.tree.map(lambda array: array.sharding, (state, metrics))
+    train = jax.jit(steps_of_epoch, donate_argnums=0, out_shardings=everywhere)
+    train = train.lower(state, metrics, *window).compile()
     evaluate = None
     if val_batches is not None:
         evaluate = jax.jit(eval_steps).lower(state, val_batches).compile()
@@ -313,19 +319,29 @@ def train_epoch(
 
 
 def show(bar: tqdm, metrics: Metrics) -> None:
-    """Waits for the metrics of the epoch so far and puts them on the progress bar.
+    """Waits for an epoch's metrics so far and puts them on the progress bar.
 
     Raises:
       DivergedError: the loss is not finite.
     """
     if not (count := int(metrics.count)):
         return
-    if not math.isfinite(metrics.loss_sum):
-        raise DivergedError(f"the training loss is {metrics.loss:.1f} in {bar.desc or 'training'}")
+    require_finite(metrics.loss, "training loss")
     bar.set_postfix(
         loss=f"{metrics.loss:.4f}", accuracy=f"{metrics.accuracy:.2%}", refresh=False
     )
-    bar.update(bar.initial + count - bar.n)
+    bar.update(count - bar.n)
+
+
+def require_finite(value: jax.Array, name: str) -> float:
+    """Returns `value` as a float.
+
+    Raises:
+      DivergedError: it is infinite or not a number.
+    """
+    if not math.isfinite(value):
+        raise DivergedError(f"the {name} is {float(value)}: training diverged; lower the learning rate")
+    return float(value)
 
 
 def never() -> bool:
@@ -343,12 +359,12 @@ def epochs(
     progress: bool = False,
     interrupted: Callable[[], bool] = never,
 ) -> Iterator[EpochResult]:
-    """Trains, and yields one result an epoch. Stopping is the caller's: leave the loop.
+    """Trains, and yields one result an epoch. Stopping early is the caller's: leave the loop.
 
     Args:
       recipe: what to train, and how.
-      splits: the data; where `splits.train` is `Records`, they are streamed, and the bits are the
-        same. The test split is not touched.
+      splits: the data; where `splits.train` is `Records` they are streamed, to the same bits. The
+        test split is not touched.
       state: the state to continue from, at an epoch's start or within it; None begins anew.
       metrics: the metrics so far of the epoch that `state` is in; None at its start.
       mesh: the devices, with an axis "data" over which batches are shared; None takes all.
@@ -362,27 +378,204 @@ def epochs(
     """
     mesh = mesh or data_mesh()
     check_fits(recipe, splits, mesh=mesh)
-    steps = len(splits.train) // recipe.batch_size
+    steps = num_train(splits) // recipe.batch_size
     everywhere = NamedSharding(mesh, PartitionSpec())
-    shared = NamedSharding(mesh, PartitionSpec(None, "data"))
+    by_batch = NamedSharding(mesh, PartitionSpec(None, "data"))
     state = state or initial_state(recipe, splits.info, steps=steps, mesh=mesh)
     metrics = metrics or jax.device_put(Metrics.zero(), everywhere)
-    schedule = jax.jit(recipe_schedule(recipe, steps_per_epoch=steps))
-    order = jax.jit(
-        functools.partial(
-            epoch_order, num_examples=len(splits.train), batch_size=recipe.batch_size
-        ),
-        out_shardings=shared,
-    )
-    norm = jax.jit(optax.tree.norm)
-    plateau = jax.jit(functools.partial(reduce_on_plateau, **dataclasses.asdict(recipe.plateau)))
-    examples = jax.device_put(splits.train, everywhere) if resident(splits) else None
     val_batches = None
     if recipe.val_size:
-        batches = eval_batches(splits.val, batch_size=EVAL_BATCH)
-        val_batches = jax.device_put(batches, shared)
+        val_batches = jax.device_put(eval_batches(splits.val, batch_size=EVAL_BATCH), by_batch)
+    streamed = isinstance(splits.train, Records)
+    examples = None if streamed else jax.device_put(splits.train, everywhere)
+    order = jax.jit(
+        functools.partial(
+            epoch_order, num_examples=num_train(splits), batch_size=recipe.batch_size
+        ),
+        out_shardings=by_batch,
+    )
+    schedule = jax.jit(recipe_schedule(recipe, steps_per_epoch=steps))
+    norm = jax.jit(optax.tree.norm)
+    plateau = jax.jit(functools.partial(reduce_on_plateau, **dataclasses.asdict(recipe.plateau)))
     programs = None
-    first = int(state.step)
-    for epoch in range(first // steps + 1, recipe.epochs + 1):
+    for epoch in range(int(state.step) // steps + 1, recipe.epochs + 1):
         done = int(state.step) % steps
         indices_SB = order(draw_key(state.key, Purpose.ORDER, epoch))
+        if streamed:
+            feed = streamed_feed(splits.train, indices_SB, start=done, mesh=mesh)
+        else:
+            feed = resident_feed(examples, indices_SB)
+        compiled = 0.0
+        if programs is None:
+            programs = compile_programs(recipe, state, metrics, feed(done, 0), val_batches)
+            compiled = programs.seconds
+        began = time.perf_counter()
+        with epoch_bar(recipe, epoch=epoch, steps=steps, done=done, shown=progress) as bar:
+            rate = float(schedule((epoch * steps) - 1) * state.plateau.scale)
+            bar.set_description(f"epoch {epoch}/{recipe.epochs} lr {rate:.2g}")
+            state, metrics = train_epoch(
+                programs,
+                state,
+                metrics,
+                feed,
+                done=done,
+                steps=steps,
+                bar=bar,
+                interrupted=interrupted,
+            )
+        require_finite(norm(state.params), "norm of the parameters")
+        trained = time.perf_counter()
+        val_loss = val_accuracy = None
+        if val_batches is not None:
+            val = programs.evaluate(state, val_batches)
+            val_loss, val_accuracy = require_finite(val.loss, "validation loss"), float(val.accuracy)
+            if recipe.plateau.patience is not None:
+                state = plateau(state, val_loss)
+        yield EpochResult(
+            state=state,
+            epoch=epoch,
+            step=epoch * steps,
+            learning_rate=rate,
+            train_loss=float(metrics.loss),
+            train_accuracy=float(metrics.accuracy),
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
+            compile_seconds=compiled,
+            train_seconds=trained - began,
+            eval_seconds=time.perf_counter() - trained,
+        )
+        metrics = jax.device_put(Metrics.zero(), everywhere)
+
+
+def num_train(splits: Splits) -> int:
+    """Returns the number of training examples, resident or streamed."""
+    return len(splits.train) if isinstance(splits.train, Records) else len(splits.train.labels)
+
+
+def epoch_bar(recipe: Recipe, *, epoch: int, steps: int, done: int, shown: bool) -> tqdm:
+    """Returns a progress bar over an epoch's images, `done` steps of which lie behind."""
+    return tqdm(
+        desc=f"epoch {epoch}/{recipe.epochs}",
+        total=steps * recipe.batch_size,
+        initial=done * recipe.batch_size,
+        unit=" images",
+        unit_scale=True,
+        disable=not shown,
+    )
+
+
+def fit(
+    recipe: Recipe,
+    splits: Splits,
+    *,
+    workdir: str | Path | None = None,
+    resume: bool = False,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+    interrupted: Callable[[], bool] = never,
+) -> FitResult:
+    """Trains to the end, or until early stopping; checkpoints and logs every epoch.
+
+    Args:
+      recipe: what to train, and how.
+      splits: the data; the test split is not touched.
+      workdir: where checkpoints, metrics.jsonl and TensorBoard events go; None keeps nothing.
+      resume: continue the run in `workdir` instead of starting one.
+      mesh: as in `epochs`.
+      progress: whether to draw progress bars.
+      interrupted: asked now and then; once it returns True a checkpoint is written, within an
+        epoch if need be, and `Interrupted` is raised.
+
+    Raises:
+      InputError: the recipe cannot train on these splits or devices; `workdir` holds a run and
+        `resume` is not set, or holds none, or another recipe's, and it is; nothing was written.
+      DivergedError: a loss or a parameter is not finite; the last checkpoint stays.
+      Interrupted: `interrupted()` became true.
+    """
+    if workdir is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return fit(
+                recipe,
+                splits,
+                workdir=temporary,
+                mesh=mesh,
+                progress=progress,
+                interrupted=interrupted,
+            )
+    workdir = Path(workdir)
+    mesh = mesh or data_mesh()
+    check_fits(recipe, splits, mesh=mesh)
+    if resume:
+        check_same_recipe(workdir, recipe)
+    steps = num_train(splits) // recipe.batch_size
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    fresh = Progress(
+        state=initial_state(recipe, splits.info, steps=steps, mesh=mesh),
+        metrics=jax.device_put(Metrics.zero(), everywhere),
+        stopping=EarlyStopping(**dataclasses.asdict(recipe.stopping)),
+    )
+    with claim(workdir, resume=resume), checkpoint.open_checkpoints(workdir) as manager:
+        now = fresh
+        if manager.latest_step() is not None:
+            now = checkpoint.restore(manager, recipe, fresh)
+        write_json(workdir / RECIPE_FILE, to_dict(recipe))
+        with contextlib.closing(MetricsLog(workdir, now.history)) as log:
+            results = epochs(
+                recipe,
+                splits,
+                state=now.state,
+                metrics=now.metrics,
+                mesh=mesh,
+                progress=progress,
+                interrupted=interrupted,
+            )
+            try:
+                while not now.stopping.should_stop and (result := next(results, None)):
+                    now = after_epoch(now, result, zero=fresh.metrics)
+                    log.write(result.row())
+                    checkpoint.save(manager, recipe, now)
+                    if interrupted() and result.epoch < recipe.epochs:
+                        raise Interrupted(now.state, now.metrics)
+            except Interrupted as stop:
+                if int(stop.state.step) > int(now.state.step):
+                    now = dataclasses.replace(now, state=stop.state, metrics=stop.metrics)
+                    checkpoint.save(manager, recipe, now)
+                raise
+            except DivergedError as error:
+                kept = manager.latest_step()
+                raise DivergedError(f"{error}; the checkpoint of step {kept} is kept") from error
+        last = int(now.state.step)
+        best = now if now.best_step in (None, last) else None
+        if best is None:
+            manager.wait_until_finished()
+            best = checkpoint.restore(manager, recipe, fresh, step=now.best_step)
+    return FitResult(
+        state=best.state,
+        history=now.history,
+        best_epoch=int(best.state.step) // steps,
+        stopped_early=now.stopping.should_stop,
+    )
+
+
+def after_epoch(progress: Progress, result: EpochResult, *, zero: Metrics) -> Progress:
+    """Returns the run's progress once an epoch is done."""
+    stopping = progress.stopping
+    if result.val_loss is not None:
+        stopping = stopping.update(result.val_loss, epoch=result.epoch)
+    return Progress(
+        state=result.state,
+        metrics=zero,
+        stopping=stopping,
+        history=(*progress.history, result.row()),
+    )
+
+
+def check_same_recipe(workdir: Path, recipe: Recipe) -> None:
+    """Checks that the run in `workdir`, if there is one, is of this recipe.
+
+    Raises:
+      InputError: it is of another; the differing fields are named.
+    """
+    path = workdir / RECIPE_FILE
+    if path.exists() and (lines := differences(json.loads(path.read_text()), to_dict(recipe))):
+        raise InputError(f"the run in {workdir} has another recipe ({'; '.join(lines)})")

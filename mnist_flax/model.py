@@ -23,7 +23,7 @@ class CNNConfig:
         (space to depth); 1 leaves the image as it is.
       widths: output channels of each convolution.
       padding: zero padding of each convolution, "SAME" or "VALID".
-      pool: side of the max-pooling window after each convolution; 1 is no pooling.
+      pool: whether 2x2 max-pooling ends each convolution's block.
       kernel_size: side of every convolution kernel.
       conv_bias: whether convolutions have a bias.
       norm_momentum: weight of the old value in BatchNorm's running statistics, in [0, 1).
@@ -38,7 +38,7 @@ class CNNConfig:
     patch: int = 1
     widths: tuple[int, ...] = (32, 64, 128)
     padding: tuple[Padding, ...] = ("VALID", "VALID", "VALID")
-    pool: tuple[int, ...] = (1, 2, 2)
+    pool: tuple[bool, ...] = (False, True, True)
     kernel_size: int = 3
     conv_bias: bool = True
     norm_momentum: float = 0.99
@@ -54,7 +54,7 @@ class CNNConfig:
                 f"model widths, padding and pool have {len(self.widths)}, {len(self.padding)} and "
                 f"{len(self.pool)} entries; give one of each a convolution"
             )
-        sizes = (self.patch, self.kernel_size, *self.widths, *self.pool, *self.hidden)
+        sizes = (self.patch, self.kernel_size, *self.widths, *self.hidden)
         if min(sizes) < 1:
             raise InputError(f"a model size is {min(sizes)}; sizes and widths are at least 1")
         if unknown := set(self.padding) - {"SAME", "VALID"}:
@@ -81,7 +81,8 @@ def feature_shape(config: CNNConfig, image_shape: tuple[int, int, int]) -> tuple
     height, width = height // config.patch, width // config.patch
     for padding, pool in zip(config.padding, config.pool, strict=True):
         lost = config.kernel_size - 1 if padding == "VALID" else 0
-        height, width = (height - lost) // pool, (width - lost) // pool
+        side = 2 if pool else 1
+        height, width = (height - lost) // side, (width - lost) // side
         if min(height, width) < 1:
             raise InputError(
                 f"images of {image_shape[0]}x{image_shape[1]} are too small for this model: "
@@ -95,6 +96,24 @@ def space_to_depth(images_BHWC: jax.Array, *, patch: int) -> jax.Array:
     B, H, W, C = images_BHWC.shape
     blocks = images_BHWC.reshape(B, H // patch, patch, W // patch, patch, C)
     return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // patch, W // patch, patch**2 * C)
+
+
+def relu_norm_pool(
+    norm: nnx.BatchNorm, inputs_BHWC: jax.Array, *, pool: bool, train: bool
+) -> jax.Array:
+    """Applies ReLU, BatchNorm and, where `pool`, 2x2 max-pooling.
+
+    With `train`, the batch's own statistics normalise, and `norm`'s running ones move towards them.
+    """
+    if not train:
+        outputs_BHWC = norm(nnx.relu(inputs_BHWC), use_running_average=True)
+        return ops.max_pool(outputs_BHWC) if pool else outputs_BHWC
+    outputs_BHWC, mean_C, var_C = ops.relu_norm_pool(
+        inputs_BHWC, norm.scale[...], norm.bias[...], epsilon=norm.epsilon, pool=pool
+    )
+    norm.mean[...] = norm.momentum * norm.mean[...] + (1 - norm.momentum) * mean_C
+    norm.var[...] = norm.momentum * norm.var[...] + (1 - norm.momentum) * var_C
+    return outputs_BHWC
 
 
 class CNN(nnx.Module):
@@ -161,8 +180,7 @@ class CNN(nnx.Module):
         """
         x = space_to_depth(images_BHWC, patch=self.config.patch)
         for conv, norm, pool in zip(self.convs, self.norms, self.config.pool, strict=True):
-            x = norm(nnx.relu(conv(x)), use_running_average=not train)
-            x = ops.max_pool(x, window=pool)
+            x = relu_norm_pool(norm, conv(x), pool=pool, train=train)
         x = x.reshape(x.shape[0], -1)
         for dense in self.hidden:
             x = nnx.relu(dense(x))

@@ -1,0 +1,114 @@
+"""Train a recipe and write a run directory: the claim is that one command learns MNIST.
+
+    python experiments/train.py --recipe default --seed 1
+
+Every field of a recipe is an option; --help lists them with the recipe's own values.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mnist_flax import command_line, runtime
+from mnist_flax.errors import Interrupted
+from mnist_flax.recipes import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Options of the script, beside the recipe's.
+
+    Attributes:
+      recipe: the recipe's fields.
+      workdir: the run's directory; by default a new one under runs/.
+      resume: continue the run in workdir, with the options it was started with.
+      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      archives: a directory of four IDX archives to read the dataset from.
+      stream: read training records as they are needed instead of holding them all.
+      devices: how many devices share a batch; by default all. On the CPU, how many to make of it.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    workdir: Path | None = None
+    resume: bool = False
+    data_dir: Path | None = None
+    archives: Path | None = None
+    stream: bool = False
+    devices: int | None = None
+
+
+def new_workdir(name: str, seed: int) -> Path:
+    """Returns runs/NAME-seedN, or the first of runs/NAME-seedN-2, -3, ... that is free."""
+    first = Path("runs") / f"{name}-seed{seed}"
+    later = (first.with_name(f"{first.name}-{number}") for number in range(2, 10**6))
+    return first if not first.exists() else next(path for path in later if not path.exists())
+
+
+def main(arguments):
+    """Trains, evaluates on the test split once, writes the results."""
+    began = time.perf_counter()
+    name, rest = command_line.split_recipe(arguments)
+    default = Command(command_line.named_recipe(name))
+    command = command_line.parse(Command, rest, default=default, description=__doc__)
+    recipe = command.recipe
+    runtime.configure(cpu_devices=command.devices)
+    interrupts = runtime.Interrupts()
+    interrupts.install()
+
+    from mnist_flax.data import load_splits
+    from mnist_flax.evaluate import evaluate
+    from mnist_flax.fit import data_mesh, fit
+    from mnist_flax.results import write_results
+
+    mesh = data_mesh(command.devices)
+    workdir = command.workdir or new_workdir(name, recipe.seed)
+    data_began = time.perf_counter()
+    splits = load_splits(
+        recipe.dataset,
+        val_size=recipe.val_size,
+        seed=recipe.split_seed,
+        data_dir=command.data_dir,
+        archives=command.archives,
+        stream=command.stream,
+    )
+    data_seconds = time.perf_counter() - data_began
+    try:
+        result = fit(
+            recipe,
+            splits,
+            workdir=workdir,
+            resume=command.resume,
+            mesh=mesh,
+            interrupted=interrupts,
+        )
+    except Interrupted as stop:
+        words = [*sys.argv, *([] if command.resume else ["--resume"])]
+        if command.workdir is None:
+            words += ["--workdir", str(workdir)]
+        print(f"{stop}; continue with: python {' '.join(words)}", file=sys.stderr)
+        return 128 + interrupts.signal
+    test_began = time.perf_counter()
+    test = evaluate(result.state, splits.test)
+    summary = write_results(
+        workdir,
+        recipe,
+        splits.info,
+        result,
+        test_examples=splits.test,
+        test=test,
+        data_seconds=data_seconds,
+        test_seconds=time.perf_counter() - test_began,
+    )
+    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())
+    print(f"{phases}; whole run {time.perf_counter() - began:.1f} s")
+    print(f"best epoch {result.best_epoch} of {len(result.history)}; results in {workdir}")
+    print(f"test accuracy {test.accuracy:.2%} ({test.correct}/{test.total})")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)

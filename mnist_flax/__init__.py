@@ -1,0 +1,1 @@
+"""Train and study handwritten-digit classifiers in JAX and Flax."""

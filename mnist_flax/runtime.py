@@ -1,0 +1,48 @@
+"""The process that an experiment runs in: devices, threads, caches. For scripts, not on import."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import jax
+
+
+def configure(*, cpu_devices: int | None = None) -> None:
+    """Sets JAX up, before its backend starts.
+
+    Compiled programs are kept in the user's cache directory, so the second start is fast.
+
+    Args:
+      cpu_devices: how many JAX devices the CPU becomes; None leaves it one.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache / "mnist_flax" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if cpu_devices is not None:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+class Interrupts:
+    """Whether SIGTERM or SIGINT (Ctrl-C) asked the process to stop.
+
+    The first signal is noted, so that training can end its step and write a checkpoint; a second
+    one ends the process at once, by the signal's default action.
+    """
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Starts to listen."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, _frame) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def __call__(self) -> bool:
+        """Returns whether a signal came."""
+        return self.signal is not None
