@@ -53,7 +53,7 @@ def main(arguments):
     began = time.perf_counter()
     name, rest = command_line.split_recipe(arguments)
     default = Command(command_line.named_recipe(name))
-    command = command_line.parse(Command, rest, default=default, description=__doc__)
+    command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
     recipe = command.recipe
     runtime.configure(cpu_devices=command.devices)
     interrupts = runtime.Interrupts()
@@ -90,7 +90,7 @@ def main(arguments):
         if command.workdir is None:
             words += ["--workdir", str(workdir)]
         print(f"{stop}; continue with: python {' '.join(words)}", file=sys.stderr)
-        return 128 + interrupts.signal
+        return interrupts.exit_status
     test_began = time.perf_counter()
     test = evaluate(result.state, splits.test)
     summary = write_results(

@@ -37,8 +37,8 @@ VERSION = "3.0.1"
 BUNDLED = Path(__file__).with_name("archives")
 """The directory of the four MNIST archives that come with this package."""
 
-IMAGE_SHAPE = (28, 28)
-NUM_CLASSES = 10
+_IMAGE_SHAPE = (28, 28)
+_NUM_CLASSES = 10
 
 _MAX_BYTES = 2**30  # Twice EMNIST "byclass", the largest of the family.
 _CHUNK_BYTES = 2**20
@@ -61,6 +61,8 @@ FILE_NAMES = (
 )
 """The usual names of the four archives, without `.gz`, in the order of `Archives`."""
 
+_ALL_FILES = ", ".join(f"{name}.gz" for name in FILE_NAMES)
+
 
 def find_archives(directory: str | os.PathLike[str]) -> Archives:
     """Finds the four archives of a dataset by their usual names.
@@ -76,7 +78,7 @@ def find_archives(directory: str | os.PathLike[str]) -> Archives:
     """
     root = Path(directory).expanduser()
     if not root.is_dir():
-        raise InputError(f"archives: {root} is not a directory; it should hold {_FOUR_FILES}")
+        raise InputError(f"archives: {root} is not a directory; it should hold {_ALL_FILES}")
     paths = [
         next((path for path in (root / f"{name}.gz", root / name) if path.is_file()), None)
         for name in FILE_NAMES
@@ -159,8 +161,10 @@ def read_examples(
     """
     images_NHW = read_idx(images_path, ndim=3)
     labels_N = read_idx(labels_path, ndim=1)
-    if images_NHW.shape[1:] != IMAGE_SHAPE:
-        raise InputError(f"{images_path} holds images of {images_NHW.shape[1:]}, not {IMAGE_SHAPE}")
+    if images_NHW.shape[1:] != _IMAGE_SHAPE:
+        raise InputError(
+            f"{images_path} holds images of {images_NHW.shape[1:]}, not {_IMAGE_SHAPE}"
+        )
     if len(images_NHW) != len(labels_N):
         raise InputError(
             f"{images_path} holds {len(images_NHW):,} images but {labels_path} {len(labels_N):,} "
@@ -168,7 +172,7 @@ def read_examples(
         )
     if not len(labels_N):
         raise InputError(f"{images_path} holds no images")
-    if labels_N.max() >= NUM_CLASSES:
+    if labels_N.max() >= _NUM_CLASSES:
         raise InputError(f"{labels_path} holds the label {labels_N.max()}: more than 9")
     return images_NHW, labels_N
 
@@ -199,52 +203,61 @@ def dataset_dir(
 
 def prepare(
     name: str,
+    directory: Path,
     *,
-    data_dir: Path,
     archives: str | os.PathLike[str] | None = None,
     manual_dir: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Has TFDS write a dataset into `dataset_dir`, as array_record in the order of its archives.
+    """Has TFDS write a dataset, as array_record in the order of its archives.
 
     Does nothing if it is there already. Only one process may do so at a time: what a killed one
     left behind is removed first.
 
     Args:
       name: One of `NAMES`.
-      data_dir: TFDS's root directory.
+      directory: The `dataset_dir` of the dataset.
       archives: A directory of four archives to take instead of those that TFDS knows. Their
         structure is checked, and not their checksums.
       manual_dir: A directory from which TFDS takes archives that it would download, checking
         their SHA-256. By default `BUNDLED` for MNIST, and none for the others.
 
     Raises:
-      InputError: The archives are damaged or cannot be had, or `data_dir` cannot be written.
+      InputError: The archives are damaged or cannot be had, or `directory` cannot be written.
     """
-    directory = dataset_dir(name, data_dir=data_dir, archives=archives)
     downloads = directory.parent / "downloads"
     for leftover in (downloads, *directory.parent.glob("incomplete.*")):
         shutil.rmtree(leftover, ignore_errors=True)
     if (directory / "dataset_info.json").is_file():
         return
-    if manual_dir is None and name == "mnist":
-        manual_dir = BUNDLED
-    if archives is not None:
-        files = find_archives(archives)
+    files = None if archives is None else find_archives(archives)
+    if files:
         read_examples(files.train_images, files.train_labels)
         read_examples(files.test_images, files.test_labels)
-    else:
-        files = None
-        if not _all_in(manual_dir):
-            _check_reachable(name)
+    if manual_dir is None and name == "mnist":
+        manual_dir = BUNDLED
+
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
     try:
         with quiet(), contextlib.redirect_stdout(io.StringIO()):
-            _download_and_prepare(
-                name,
-                directory=directory,
-                files=files,
-                manual_dir=manual_dir,
-                download_dir=downloads,
+            builder = _builder_class(name)(
+                data_dir=directory.parents[2],
+                config=tfds.core.BuilderConfig(name=directory.parent.name),
+                file_format="array_record",
             )
+            builder.files = files
+            if not files and not _holds_archives(manual_dir):
+                _check_reachable(name, builder.URL)
+            builder.download_and_prepare(
+                download_dir=downloads,
+                download_config=tfds.download.DownloadConfig(
+                    manual_dir=manual_dir, try_download_gcs=False
+                ),
+            )
+    except NonMatchingChecksumError as error:
+        reason = _reason(error).removesuffix(":")
+        raise InputError(f"{reason}; restore that file, or pass archives") from error
     # RuntimeError is what array_record raises, for a full disk among other things.
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot prepare {name} in {directory}: {_reason(error)}") from error
@@ -269,6 +282,7 @@ def quiet() -> Iterator[None]:
 def _builder_class(name: str) -> Any:
     import tensorflow_datasets as tfds
     from PIL import Image
+    from tensorflow_datasets.core import registered
     from tensorflow_datasets.image_classification import mnist
 
     published: Any = {
@@ -278,11 +292,12 @@ def _builder_class(name: str) -> Any:
     }[name]
 
     # The name is already registered, by the class that this one subclasses.
-    with tfds.core.registered.skip_registration():
+    with registered.skip_registration():
 
         class IdxBuilder(published):
+            name = published.name
             VERSION = tfds.core.Version(VERSION)
-            archives: Archives | None = None
+            files: Archives | None = None
 
             def _info(self):
                 info = super()._info()
@@ -297,12 +312,12 @@ def _builder_class(name: str) -> Any:
                 )
 
             def _split_generators(self, dl_manager):
-                archives = self.archives or Archives(
+                files = self.files or Archives(
                     *dl_manager.download([f"{self.URL}{file}.gz" for file in FILE_NAMES])
                 )
                 return {
-                    "train": self._generate_examples(archives.train_images, archives.train_labels),
-                    "test": self._generate_examples(archives.test_images, archives.test_labels),
+                    "train": self._generate_examples(files.train_images, files.train_labels),
+                    "test": self._generate_examples(files.test_images, files.test_labels),
                 }
 
             def _generate_examples(self, images_path, labels_path):
@@ -310,13 +325,7 @@ def _builder_class(name: str) -> Any:
                 for i, (image_HW, label) in enumerate(zip(images_NHW, labels_N, strict=True)):
                     yield i, {"image": Image.fromarray(image_HW), "label": int(label)}
 
-    IdxBuilder.name = name
     return IdxBuilder
-
-
-def _check(archives: Archives) -> None:
-    read_examples(archives.train_images, archives.train_labels)
-    read_examples(archives.test_images, archives.test_labels)
 
 
 def _digest(archives: Archives) -> str:
@@ -330,7 +339,7 @@ def _digest(archives: Archives) -> str:
     return digest.hexdigest()[:16]
 
 
-def _all_in(directory: str | os.PathLike[str] | None) -> bool:
+def _holds_archives(directory: str | os.PathLike[str] | None) -> bool:
     return directory is not None and all(
         (Path(directory) / f"{name}.gz").is_file() for name in FILE_NAMES
     )
@@ -343,13 +352,10 @@ def _check_reachable(name: str, url: str) -> None:
         urllib.request.urlopen(request, timeout=20).close()
     except OSError as error:
         raise InputError(
-            f"{name} cannot be downloaded from {url} ({_reason(error)}): put {_FOUR_FILES} in a "
+            f"{name} cannot be downloaded from {url} ({_reason(error)}): put {_ALL_FILES} in a "
             "directory and pass it as archives"
         ) from error
 
 
 def _reason(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-_FOUR_FILES = ", ".join(f"{name}.gz" for name in FILE_NAMES)

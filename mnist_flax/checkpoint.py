@@ -131,4 +131,4 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: dict[str, Any]) ->
     args = ocp.args.PyTreeRestore(
         item=like, restore_args=jax.tree.map(how, like), partial_restore=True
     )
-    return manager.restore(step, args=args)
+    return dict(manager.restore(step, args=args))

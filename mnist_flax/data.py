@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 _INFO_FILE = "decoded.json"
 _ARRAYS_FILE = "decoded.npz"
 _READ_RECORDS = 1024  # At a time: one by one, records take three times as long to read.
-_NAME = re.compile(r"(?P<dataset>\w+)(/(?P<config>\w[\w.=+-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_NAME = re.compile(
+    rf"(?P<dataset>\w+)(/(?P<config>\w[\w.=+-]*))?(:(?P<version>{_VERSION.pattern}))?"
+)
 
 
 class Examples(NamedTuple):
@@ -50,7 +53,7 @@ class Examples(NamedTuple):
 
     @property
     def num_examples(self) -> int:
-        """N, the leading axis. (`len` counts the fields of a tuple, which are two.)"""
+        """N, the length of the leading axis; `len` would count the two fields."""
         return len(self.labels)
 
 
@@ -165,9 +168,7 @@ def load_splits(
     root = _root(data_dir)
     if name in archives_lib.NAMES:
         directory = archives_lib.dataset_dir(name, data_dir=root, archives=archives)
-        prepare = functools.partial(
-            archives_lib.prepare, name, data_dir=root, archives=archives
-        )
+        prepare = functools.partial(archives_lib.prepare, name, directory, archives=archives)
     elif archives is not None:
         raise InputError(f"archives can stand for {_known()}, not for {name!r}")
     else:
@@ -179,9 +180,7 @@ def load_splits(
     return Splits(take(train, train_indices), take(train, val_indices), test, info)
 
 
-def split_indices(
-    num_examples: int, *, val_size: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def split_indices(num_examples: int, *, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Chooses which examples of "train" are for training and which for validation.
 
     `val` is the first `val_size` entries of the stable argsort of `num_examples` raw 64-bit draws
@@ -270,7 +269,7 @@ def stream_batches(
     indices_SB: np.ndarray | jax.Array,
     *,
     start: int = 0,
-    num_threads: int = 2,
+    num_threads: int = 1,
     prefetch: int = 8,
 ) -> "grain.DatasetIterator[Examples]":
     """Reads the batches of an epoch ahead of their use, in threads, with Grain.
@@ -282,7 +281,8 @@ def stream_batches(
       examples: What to read from.
       indices_SB: An epoch, from `epoch_order`.
       start: The first batch to read, to resume within an epoch.
-      num_threads: How many batches to read at a time; 0 reads in the caller's thread.
+      num_threads: How many batches to read at a time; 0 reads in the caller's thread. Decoding
+        holds Python's lock, so more than one pays only where storage is slow.
       prefetch: How many batches to hold ready.
 
     Returns:
@@ -296,7 +296,8 @@ def stream_batches(
     indices_SB = np.asarray(indices_SB)
     if not 0 <= start <= len(indices_SB):
         raise InputError(f"start must be from 0 to the {len(indices_SB)} batches, got {start}")
-    batches = grain.MapDataset.source(indices_SB[start:]).map(functools.partial(take, examples))
+    rows: Any = indices_SB[start:]
+    batches = grain.MapDataset.source(rows).map(functools.partial(take, examples))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))
 
@@ -318,11 +319,12 @@ def _find_prepared(name: str, root: Path) -> Path:
     if match is None:
         raise InputError(f"{name!r} is no dataset name: write name, name/config or name:1.2.3")
     parent = root / match["dataset"] / (match["config"] or "")
-    versions = [path.parent for path in parent.glob("*/dataset_info.json")]
-    if match["version"]:
-        versions = [path for path in versions if path.name == match["version"]]
-    if versions:
-        return max(versions, key=lambda path: [int(part) for part in path.name.split(".")])
+    found = {path.parent.name for path in parent.glob("*/dataset_info.json")}
+    versions = [tuple(map(int, v.split("."))) for v in found if _VERSION.fullmatch(v)]
+    if match["version"] in found:
+        return parent / match["version"]
+    if versions and not match["version"]:
+        return parent / ".".join(map(str, max(versions)))
     close = difflib.get_close_matches(name.lower(), archives_lib.NAMES, n=1)
     suggestion = f"did you mean {close[0]!r}? Or " if close else ""
     configs = sorted({path.parents[1].name for path in parent.glob("*/*/dataset_info.json")})
@@ -344,7 +346,9 @@ def _load_streamed(
     return Splits(
         train=Records(prepared, split="train", indices_N=train_indices),
         val=Records(prepared, split="train", indices_N=val_indices).take(np.arange(val_size)),
-        test=Records(prepared, split="test", indices_N=np.arange(num_test)).take(np.arange(num_test)),
+        test=Records(prepared, split="test", indices_N=np.arange(num_test)).take(
+            np.arange(num_test)
+        ),
         info=info,
     )
 
@@ -360,7 +364,7 @@ def _decode_once(
         prepared = _Prepared(directory)
         train, test = prepared.decode("train"), prepared.decode("test")
         info = prepared.info(_fingerprint([train], [test]))
-        arrays = {
+        arrays: dict[str, Any] = {
             "train_images": train.images,
             "train_labels": train.labels,
             "test_images": test.images,
@@ -457,8 +461,8 @@ def _fingerprint(*splits: Iterable[Examples]) -> str:
     for chunks in splits:
         images, labels = hashlib.sha256(), hashlib.sha256()
         for chunk in chunks:
-            images.update(np.ascontiguousarray(chunk.images))
-            labels.update(np.ascontiguousarray(chunk.labels, "<i4"))
+            images.update(np.ascontiguousarray(chunk.images).data)
+            labels.update(np.ascontiguousarray(chunk.labels, "<i4").data)
         digest.update(images.digest() + labels.digest())
     return digest.hexdigest()[:16]
 
@@ -472,27 +476,31 @@ class _Prepared:
         self._directory = directory
         try:
             with archives_lib.quiet():
-                self._builder = tfds.builder_from_directory(directory)
+                self._builder: Any = tfds.builder_from_directory(directory)
         except Exception as error:
             raise self._damaged(error) from error
-        info = self._builder.info
-        self._keys = info.supervised_keys or ("image", "label")
+        info: Any = self._builder.info
         if missing := {"train", "test"} - set(info.splits):
             raise InputError(f"{directory} has no split named {' or '.join(sorted(missing))}")
-        features = info.features if isinstance(info.features, tfds.features.FeaturesDict) else {}
-        image, label = (features[key] if key in features else None for key in self._keys)
+        keys = info.supervised_keys or ()
+        is_pair = len(keys) == 2 and all(isinstance(key, str) for key in keys)
+        self._keys: tuple[str, str] = keys if is_pair else ("image", "label")
+        is_dict = isinstance(info.features, tfds.features.FeaturesDict)
+        features: dict[str, Any] = dict(info.features.items()) if is_dict else {}
+        image, label = (features.get(key) for key in self._keys)
         if (
             not isinstance(image, tfds.features.Image)
             or None in image.shape
             or image.np_dtype != np.uint8
             or not isinstance(label, tfds.features.ClassLabel)
-            or label.num_classes is None
+            or not label.num_classes
         ):
+            found = " ".join(f"{' and '.join(self._keys)} are {image} and {label}".split())
             raise InputError(
-                f"{directory} is not a dataset of uint8 images of one shape and class labels: its "
-                f"features {' and '.join(map(repr, self._keys))} are {image} and {label}"
+                f"{directory} is not a dataset of uint8 images of one shape with class labels: its "
+                f"features {found}"
             )
-        self.image_shape = tuple(image.shape)
+        self.image_shape: tuple[int, int, int] = tuple(image.shape)
         self._class_names = tuple(label.names)
         # TFDS logs how it decodes at the first record it decodes.
         with archives_lib.quiet():
@@ -516,7 +524,7 @@ class _Prepared:
 
     def source(self, split: str) -> Any:
         try:
-            return self._builder.as_data_source(split, file_format="array_record")
+            return self._builder.as_data_source(split=split, file_format="array_record")
         except (NotImplementedError, ValueError) as error:
             raise InputError(
                 f"{self._directory} is prepared as {self._builder.info.file_format}: prepare it "
@@ -543,9 +551,13 @@ class _Prepared:
 
     def chunks(self, split: str) -> Iterator[Examples]:
         source, num_examples = self.source(split), self.num_examples(split)
-        with tqdm(total=num_examples, desc=f"Decoding {split}", unit=" examples") as bar:
+        with tqdm(
+            total=num_examples, desc=f"Decoding {split}", unit=" examples", leave=False
+        ) as bar:
             for start in range(0, num_examples, _READ_RECORDS):
-                chunk = self.read(source, np.arange(start, min(start + _READ_RECORDS, num_examples)))
+                chunk = self.read(
+                    source, np.arange(start, min(start + _READ_RECORDS, num_examples))
+                )
                 bar.update(chunk.num_examples)
                 yield chunk
 

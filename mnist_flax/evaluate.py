@@ -77,7 +77,7 @@ def _batched_logits(state: TrainState, images_SBHWC: jax.Array) -> jax.Array:
     return jax.lax.map(lambda images_BHWC: eval_logits(state, images_BHWC), images_SBHWC)
 
 
-def predict(state: TrainState, images_NHWC: np.ndarray) -> np.ndarray:
+def predict(state: TrainState, images_NHWC: np.ndarray | jax.Array) -> np.ndarray:
     """Returns logits [N, K], float32, of N >= 1 images, uint8 or float in [0, 1]."""
     N = len(images_NHWC)
     padded = Examples(np.asarray(images_NHWC), np.zeros(N, np.int32))

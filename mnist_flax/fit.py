@@ -1,4 +1,4 @@
-"""The training loop, written by hand: `epochs()` yields one result an epoch, `fit()` consumes it."""
+"""The loop, written by hand: `epochs()` yields one result an epoch, `fit()` consumes them."""
 
 from __future__ import annotations
 
@@ -220,7 +220,6 @@ Feed = Callable[[int, int], Window]
 
 def resident_feed(examples: Examples, indices_SB: jax.Array) -> Feed:
     """Feeds an epoch from examples that are all on the device."""
-
     steps = indices_SB.shape[0]
 
     def feed(done: int, wanted: int) -> Window:
@@ -327,9 +326,7 @@ def show(bar: tqdm, metrics: Metrics) -> None:
     if not (count := int(metrics.count)):
         return
     require_finite(metrics.loss, "training loss")
-    bar.set_postfix(
-        loss=f"{metrics.loss:.4f}", accuracy=f"{metrics.accuracy:.2%}", refresh=False
-    )
+    bar.set_postfix(loss=f"{metrics.loss:.4f}", accuracy=f"{metrics.accuracy:.2%}", refresh=False)
     bar.update(count - bar.n)
 
 
@@ -340,7 +337,9 @@ def require_finite(value: jax.Array, name: str) -> float:
       DivergedError: it is infinite or not a number.
     """
     if not math.isfinite(value):
-        raise DivergedError(f"the {name} is {float(value)}: training diverged; lower the learning rate")
+        raise DivergedError(
+            f"the {name} is {float(value)}: training diverged; lower the learning rate"
+        )
     return float(value)
 
 
@@ -353,8 +352,8 @@ def epochs(
     recipe: Recipe,
     splits: Splits,
     *,
-    state: TrainState | None = None,
-    metrics: Metrics | None = None,
+    start: TrainState | None = None,
+    start_metrics: Metrics | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
     interrupted: Callable[[], bool] = never,
@@ -365,8 +364,8 @@ def epochs(
       recipe: what to train, and how.
       splits: the data; where `splits.train` is `Records` they are streamed, to the same bits. The
         test split is not touched.
-      state: the state to continue from, at an epoch's start or within it; None begins anew.
-      metrics: the metrics so far of the epoch that `state` is in; None at its start.
+      start: the state to continue from, at an epoch's start or within it; None begins anew.
+      start_metrics: the metrics so far of the epoch that `start` is in; None at its start.
       mesh: the devices, with an axis "data" over which batches are shared; None takes all.
       progress: whether to draw a progress bar.
       interrupted: asked now and then; once it returns True, training stops.
@@ -381,13 +380,17 @@ def epochs(
     steps = num_train(splits) // recipe.batch_size
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_batch = NamedSharding(mesh, PartitionSpec(None, "data"))
-    state = state or initial_state(recipe, splits.info, steps=steps, mesh=mesh)
-    metrics = metrics or jax.device_put(Metrics.zero(), everywhere)
+    state = start
+    if state is None:
+        state = initial_state(recipe, splits.info, steps=steps, mesh=mesh)
+    zero: Metrics = jax.device_put(Metrics.zero(), everywhere)
+    metrics = zero if start_metrics is None else start_metrics
     val_batches = None
     if recipe.val_size:
         val_batches = jax.device_put(eval_batches(splits.val, batch_size=EVAL_BATCH), by_batch)
-    streamed = isinstance(splits.train, Records)
-    examples = None if streamed else jax.device_put(splits.train, everywhere)
+    train = splits.train
+    if not isinstance(train, Records):
+        train = jax.device_put(train, everywhere)
     order = jax.jit(
         functools.partial(
             epoch_order, num_examples=num_train(splits), batch_size=recipe.batch_size
@@ -396,15 +399,15 @@ def epochs(
     )
     schedule = jax.jit(recipe_schedule(recipe, steps_per_epoch=steps))
     norm = jax.jit(optax.tree.norm)
-    plateau = jax.jit(functools.partial(reduce_on_plateau, **dataclasses.asdict(recipe.plateau)))
+    plateau: Callable[..., TrainState] = jax.jit(functools.partial(reduce_on_plateau, **dataclasses.asdict(recipe.plateau)))
     programs = None
     for epoch in range(int(state.step) // steps + 1, recipe.epochs + 1):
         done = int(state.step) % steps
         indices_SB = order(draw_key(state.key, Purpose.ORDER, epoch))
-        if streamed:
-            feed = streamed_feed(splits.train, indices_SB, start=done, mesh=mesh)
+        if isinstance(train, Records):
+            feed = streamed_feed(train, indices_SB, start=done, mesh=mesh)
         else:
-            feed = resident_feed(examples, indices_SB)
+            feed = resident_feed(train, indices_SB)
         compiled = 0.0
         if programs is None:
             programs = compile_programs(recipe, state, metrics, feed(done, 0), val_batches)
@@ -426,9 +429,12 @@ def epochs(
         require_finite(norm(state.params), "norm of the parameters")
         trained = time.perf_counter()
         val_loss = val_accuracy = None
-        if val_batches is not None:
+        if programs.evaluate is not None:
             val = programs.evaluate(state, val_batches)
-            val_loss, val_accuracy = require_finite(val.loss, "validation loss"), float(val.accuracy)
+            val_loss, val_accuracy = (
+                require_finite(val.loss, "validation loss"),
+                float(val.accuracy),
+            )
             if recipe.plateau.patience is not None:
                 state = plateau(state, val_loss)
         yield EpochResult(
@@ -444,7 +450,7 @@ def epochs(
             train_seconds=trained - began,
             eval_seconds=time.perf_counter() - trained,
         )
-        metrics = jax.device_put(Metrics.zero(), everywhere)
+        metrics = zero
 
 
 def num_train(splits: Splits) -> int:
@@ -523,8 +529,8 @@ def fit(
             results = epochs(
                 recipe,
                 splits,
-                state=now.state,
-                metrics=now.metrics,
+                start=now.state,
+                start_metrics=now.metrics,
                 mesh=mesh,
                 progress=progress,
                 interrupted=interrupted,

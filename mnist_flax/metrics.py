@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +30,9 @@ class Metrics:
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     @classmethod
-    def of_batch(cls, *, losses_B: jax.Array, logits_BK: jax.Array, labels_B: jax.Array) -> Metrics:
+    def of_batch(
+        cls, *, losses_B: jax.Array, logits_BK: jax.Array, labels_B: jax.Array | np.ndarray
+    ) -> Metrics:
         """Sums over a batch; an example whose label is -1 is padding and counts for nothing."""
         real_B = labels_B >= 0
         hits_B = (jnp.argmax(logits_BK, axis=-1) == labels_B) & real_B

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import itertools
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -98,10 +99,8 @@ def space_to_depth(images_BHWC: jax.Array, *, patch: int) -> jax.Array:
     return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // patch, W // patch, patch**2 * C)
 
 
-def relu_norm_pool(
-    norm: nnx.BatchNorm, inputs_BHWC: jax.Array, *, pool: bool, train: bool
-) -> jax.Array:
-    """Applies ReLU, BatchNorm and, where `pool`, 2x2 max-pooling.
+def relu_norm_pool(norm: Any, inputs_BHWC: jax.Array, *, pool: bool, train: bool) -> jax.Array:
+    """Applies ReLU, an `nnx.BatchNorm` and, where `pool`, 2x2 max-pooling.
 
     With `train`, the batch's own statistics normalise, and `norm`'s running ones move towards them.
     """
@@ -165,7 +164,7 @@ class CNN(nnx.Module):
         self.hidden = nnx.List(
             [
                 nnx.Linear(n_in, n_out, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
-                for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True)
+                for n_in, n_out in itertools.pairwise(sizes)
             ]
         )
         self.dropout = nnx.Dropout(config.dropout)

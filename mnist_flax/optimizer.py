@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 ScheduleName = Literal["constant", "exponential", "one_cycle", "cosine"]
@@ -20,8 +21,8 @@ def make_schedule(
     peak: float,
     steps_per_epoch: int,
     epochs: int,
-    decay: float | None = None,
-    warmup: float | None = None,
+    decay: float = 1.0,
+    warmup: float = 0.0,
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
@@ -77,9 +78,9 @@ def make_optimizer(
     *,
     learning_rate: optax.Schedule,
     weight_decay: float = 0.0,
-    momentum: float | None = None,
+    momentum: float = 0.0,
     nesterov: bool = True,
-    adam_ratio: float | None = None,
+    adam_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
     """Returns the optimizer; weight decay is decoupled and spares biases and BatchNorm.
 
@@ -107,7 +108,7 @@ def make_optimizer(
                 beta=momentum,
                 nesterov=nesterov,
                 weight_decay=weight_decay,
-                adam_learning_rate=lambda step: adam_ratio * learning_rate(step),
+                adam_learning_rate=lambda step: adam_ratio * jnp.asarray(learning_rate(step)),
                 muon_weight_dimension_numbers=muon_dimensions,
             )
         case _:

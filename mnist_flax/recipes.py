@@ -29,7 +29,9 @@ def _require(name: str, value: float, low: float, high: float, *, open_low: bool
     """Raises InputError unless `value` is in [low, high), or in (low, high) where `open_low`."""
     above = value > low if open_low else value >= low
     if not (above and value < high):  # NaN fails both
-        raise InputError(f"{name} is {value}; give a number in {'(' if open_low else '['}{low}, {high})")
+        raise InputError(
+            f"{name} is {value}; give a number in {'(' if open_low else '['}{low}, {high})"
+        )
 
 
 def _require_fields(kind: str, name: str, config: Any, fields: dict[str, tuple[str, ...]]) -> None:
@@ -41,7 +43,9 @@ def _require_fields(kind: str, name: str, config: Any, fields: dict[str, tuple[s
         if field in fields[name] and value is None:
             raise InputError(f"{kind}.{field} is None, but {kind} {name!r} needs it; give a number")
         if field not in fields[name] and value is not None:
-            raise InputError(f"{kind}.{field} is {value}, but {kind} {name!r} never reads it; give None")
+            raise InputError(
+                f"{kind}.{field} is {value}, but {kind} {name!r} never reads it; give None"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +254,9 @@ def _lists(value: Any) -> Any:
 def _build(cls: type, values: Any) -> Any:
     types = typing.get_type_hints(cls)
     if not isinstance(values, dict) or (unknown := sorted(values.keys() - types.keys())):
-        raise InputError(f"the recipe's {cls.__name__} is not readable: unknown {unknown or values}")
+        raise InputError(
+            f"the recipe's {cls.__name__} is not readable: unknown {unknown or values}"
+        )
     fields = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(types[name]):
@@ -272,8 +278,8 @@ def recipe_schedule(recipe: Recipe, *, steps_per_epoch: int) -> optax.Schedule:
         peak=recipe.optimizer.learning_rate,
         steps_per_epoch=steps_per_epoch,
         epochs=recipe.epochs,
-        decay=recipe.schedule.decay,
-        warmup=recipe.schedule.warmup,
+        decay=recipe.schedule.decay or 1.0,
+        warmup=recipe.schedule.warmup or 0.0,
     )
 
 
@@ -290,9 +296,9 @@ def recipe_state(recipe: Recipe, info: DatasetInfo, *, steps_per_epoch: int) -> 
         recipe.optimizer.name,
         learning_rate=recipe_schedule(recipe, steps_per_epoch=steps_per_epoch),
         weight_decay=recipe.optimizer.weight_decay,
-        momentum=recipe.optimizer.momentum,
+        momentum=recipe.optimizer.momentum or 0.0,
         nesterov=recipe.optimizer.nesterov,
-        adam_ratio=recipe.optimizer.adam_ratio,
+        adam_ratio=recipe.optimizer.adam_ratio or 0.0,
     )
     return create_state(key, model, optimizer)
 

@@ -46,3 +46,8 @@ class Interrupts:
     def __call__(self) -> bool:
         """Returns whether a signal came."""
         return self.signal is not None
+
+    @property
+    def exit_status(self) -> int:
+        """The status that a shell expects of a process that a signal ended: 128 + its number."""
+        return 128 + (self.signal or 0)

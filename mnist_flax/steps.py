@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -60,7 +61,7 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
-    plateau: optax.contrib.ReduceLROnPlateauState
+    plateau: Any
     graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
     optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
 
@@ -88,11 +89,11 @@ def to_model(state: TrainState) -> Any:
     return nnx.merge(state.graphdef, state.params, state.batch_stats, copy=True)
 
 
-def to_float(images_BHWC: jax.Array) -> jax.Array:
+def to_float(images_BHWC: jax.Array | np.ndarray) -> jax.Array:
     """Maps uint8 images [0, 255] to float32 [0, 1]; float images pass unchanged."""
     if images_BHWC.dtype == jnp.uint8:
-        return images_BHWC.astype(jnp.float32) / 255
-    return images_BHWC
+        return jnp.asarray(images_BHWC, jnp.float32) / 255
+    return jnp.asarray(images_BHWC)
 
 
 def train_step(
@@ -144,7 +145,7 @@ def train_step(
     )
 
 
-def eval_logits(state: TrainState, images_BHWC: jax.Array) -> jax.Array:
+def eval_logits(state: TrainState, images_BHWC: jax.Array | np.ndarray) -> jax.Array:
     """Returns logits [B, K] with running statistics, without Dropout or augmentation."""
     return to_model(state)(to_float(images_BHWC), train=False)
 
@@ -158,7 +159,9 @@ def eval_step(state: TrainState, batch: Examples) -> Metrics:
         for nothing.
     """
     logits_BK = eval_logits(state, batch.images)
-    losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BK, jnp.maximum(batch.labels, 0))
+    losses_B = optax.softmax_cross_entropy_with_integer_labels(
+        logits_BK, jnp.maximum(batch.labels, 0)
+    )
     return Metrics.of_batch(losses_B=losses_B, logits_BK=logits_BK, labels_B=batch.labels)
 
 

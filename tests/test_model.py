@@ -1,0 +1,118 @@
+"""The network's shapes, counts and arithmetic, against numpy and plain Flax."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mnist_flax.errors import InputError
+from mnist_flax.model import CNN, CNNConfig, feature_shape, space_to_depth
+from mnist_flax.recipes import RECIPES, SEED
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def images(batch, shape=(28, 28, 1), seed=0):
+    return jnp.asarray(np.random.default_rng(seed).uniform(size=(batch, *shape)), jnp.float32)
+
+
+def test_the_seed_recipes_model_is_the_notebooks_network():
+    model = CNN(SEED.model, rngs=nnx.Rngs(0))
+    assert count(nnx.state(model, nnx.Param)) == 915_146
+    assert count(nnx.state(model, nnx.BatchStat)) == 448
+    assert feature_shape(SEED.model, (28, 28, 1)) == (5, 5, 128)
+    assert model.features(images(2)).shape == (2, 256)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_shapes_and_dtypes(name):
+    model = CNN(RECIPES[name].model, rngs=nnx.Rngs(0))
+    for train in (False, True):
+        logits_BK = model(images(3), train=train, key=jax.random.key(1))
+        assert (logits_BK.shape, logits_BK.dtype) == ((3, 10), jnp.float32)
+
+
+def test_other_images_and_classes():
+    config = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(), patch=2)
+    model = CNN(config, image_shape=(12, 8, 3), num_classes=7, rngs=nnx.Rngs(0))
+    assert model(images(2, (12, 8, 3))).shape == (2, 7)
+
+
+def test_batch_statistics_against_numpy():
+    """One block of the network by hand: convolution, ReLU, BatchNorm, pooling."""
+    config = CNNConfig(
+        widths=(4,), padding=("VALID",), pool=(True,), hidden=(), dropout=0.0, norm_momentum=0.9
+    )
+    model = CNN(config, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    x = images(5, (8, 8, 1))
+    model.norms[0].scale[...] = jnp.array([1.0, -2.0, 0.5, 0.0])
+    model.norms[0].bias[...] = jnp.array([0.0, 1.0, -1.0, 2.0])
+    kernel = np.asarray(model.convs[0].kernel[...], np.float64)
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(x, np.float64), (3, 3), (1, 2))
+    relu = np.maximum(np.einsum("bhwcij,ijco->bhwo", windows, kernel), 0)
+    mean, var = relu.mean((0, 1, 2)), relu.var((0, 1, 2))
+    normal = (relu - mean) / np.sqrt(var + 1e-3) * [1, -2, 0.5, 0] + [0, 1, -1, 2]
+    pooled = normal.reshape(5, 3, 2, 3, 2, 4).max((2, 4)).reshape(5, -1)
+    np.testing.assert_allclose(model.features(x, train=True), pooled, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(model.norms[0].mean[...], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(model.norms[0].var[...], 0.9 + 0.1 * var, rtol=1e-5)
+    # And the running statistics are what evaluation normalises by.
+    running_mean, running_var = 0.1 * mean, 0.9 + 0.1 * var
+    normal = (relu - running_mean) / np.sqrt(running_var + 1e-3) * [1, -2, 0.5, 0] + [0, 1, -1, 2]
+    pooled = normal.reshape(5, 3, 2, 3, 2, 4).max((2, 4)).reshape(5, -1)
+    np.testing.assert_allclose(model.features(x), pooled, rtol=2e-5, atol=2e-5)
+
+
+def test_evaluation_changes_nothing_and_training_moves_statistics():
+    model = CNN(SEED.model, rngs=nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
+    model(images(4))
+    unchanged = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+    assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(unchanged)))
+    model(images(4), train=True, key=jax.random.key(0))
+    moved = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+    assert not any(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(moved)))
+
+
+def test_dropout_follows_its_key_and_is_off_in_evaluation():
+    config = dataclasses.replace(SEED.model, dropout=0.5)
+    model, x = CNN(config, rngs=nnx.Rngs(0)), images(4)
+    first = model(x, train=True, key=jax.random.key(0))
+    assert np.array_equal(first, model(x, train=True, key=jax.random.key(0)))
+    assert not np.array_equal(first, model(x, train=True, key=jax.random.key(1)))
+    assert np.array_equal(model(x), model(x, key=jax.random.key(1)))
+
+
+def test_space_to_depth_by_hand():
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    expected = [[[0, 1, 4, 5], [2, 3, 6, 7]], [[8, 9, 12, 13], [10, 11, 14, 15]]]
+    assert space_to_depth(x, patch=2).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"widths": (32, -64, 128)}, "-64"),
+        ({"widths": ()}, "empty"),
+        ({"pool": (True,)}, "3, 3 and 1 entries"),
+        ({"padding": ("VALID", "FULL", "SAME")}, "FULL"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": float("nan")}, "dropout is nan"),
+        ({"norm_momentum": 1.0}, "norm_momentum"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon"),
+    ],
+)
+def test_impossible_architectures(options, message):
+    with pytest.raises(InputError, match=message):
+        CNNConfig(**options)
+
+
+@pytest.mark.parametrize(("patch", "shape"), [(1, (6, 6, 1)), (3, (28, 28, 1))])
+def test_images_that_do_not_fit(patch, shape):
+    with pytest.raises(InputError, match="images of"):
+        CNN(CNNConfig(patch=patch), image_shape=shape, rngs=nnx.Rngs(0))

@@ -1,0 +1,76 @@
+"""The notebook runs from top to bottom, draws its pictures, and is committed clean."""
+
+import base64
+import struct
+from pathlib import Path
+
+import nbformat
+import pytest
+from ipykernel.kernelspec import write_kernel_spec
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "experiments" / "mnist_colab.ipynb"
+PICTURES = ("digits", "augmentation", "curves", "predictions", "mistakes", "confusion")
+
+
+@pytest.fixture(scope="module")
+def executed(data_dir, tmp_path_factory):
+    """The notebook's cells by id, after a run on a few examples in this interpreter."""
+    jupyter = tmp_path_factory.mktemp("jupyter")
+    write_kernel_spec(jupyter / "kernels" / "python3")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cells = {cell.id: cell for cell in notebook.cells}
+    cells["parameters"].source = "EPOCHS = 1\nNUM_TRAIN = 512\nNUM_TEST = 500"
+    # It would install into the environment that runs the tests.
+    cells["install"].source = ""
+    with pytest.MonkeyPatch.context() as environment:
+        # No kernel, start-up file or connection of the user's.
+        environment.setenv("JUPYTER_PATH", str(jupyter))
+        environment.setenv("JUPYTER_RUNTIME_DIR", str(jupyter / "runtime"))
+        environment.setenv("IPYTHONDIR", str(jupyter / "ipython"))
+        environment.setenv("TFDS_DATA_DIR", str(data_dir))
+        # As conftest sets them for the tests' own process.
+        environment.setenv("JAX_NUMPY_RANK_PROMOTION", "raise")
+        environment.setenv("JAX_DEBUG_KEY_REUSE", "1")
+        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": ROOT}}).execute()
+    return cells
+
+
+def printed(cell) -> str:
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def test_no_cell_fails(executed):
+    counts = [cell.execution_count for cell in executed.values() if cell.cell_type == "code"]
+    outputs = [output for cell in executed.values() for output in cell.get("outputs", ())]
+    assert all(cell.source == "" or cell.execution_count for cell in executed.values())
+    assert not [output for output in outputs if output.output_type == "error"], counts
+
+
+def test_trains_and_evaluates_once(executed):
+    assert "epoch  1  train loss" in printed(executed["training"])
+    assert "best: epoch 1" in printed(executed["training"])
+    [line] = printed(executed["test"]).splitlines()
+    assert line.startswith("test accuracy ")
+    assert "/500), loss " in line
+
+
+@pytest.mark.parametrize("cell_id", PICTURES)
+def test_cell_displays_one_picture(executed, cell_id):
+    pictures = [output.data["image/png"] for output in executed[cell_id].outputs]
+    assert len(pictures) == 1
+    header = base64.b64decode(pictures[0])[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    assert min(struct.unpack(">II", header[16:])) > 200
+
+
+def test_committed_without_results():
+    notebook = nbformat.read(NOTEBOOK, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    for cell in notebook.cells:
+        assert cell.metadata == {}
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None

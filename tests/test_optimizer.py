@@ -1,0 +1,83 @@
+"""Schedules and optimizers against values worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mnist_flax.optimizer import decayed, make_optimizer, make_schedule, muon_dimensions
+
+PARAMS = {
+    "convs": {"kernel": jnp.full((3, 3, 2, 4), 2.0), "bias": jnp.full((4,), 2.0)},
+    "norms": {"scale": jnp.full((4,), 2.0)},
+    "head": {"kernel": jnp.full((8, 10), 2.0)},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("constant", {}, {0: 0.4, 39: 0.4}),
+        ("exponential", {"decay": 0.5}, {0: 0.4, 9: 0.4, 10: 0.2, 19: 0.2, 20: 0.1, 39: 0.05}),
+        ("one_cycle", {"warmup": 0.25}, {0: 0.04, 5: 0.22, 10: 0.4, 25: 0.2, 40: 0.0}),
+        ("cosine", {"warmup": 0.25}, {0: 0.04, 5: 0.22, 10: 0.4, 25: 0.2, 40: 0.0}),
+        ("cosine", {"warmup": 0.0}, {0: 0.4, 10: 0.2 * (1 + 2**-0.5), 20: 0.2, 40: 0.0}),
+    ],
+)
+def test_schedules_by_hand(name, options, expected):
+    schedule = make_schedule(name, peak=0.4, steps_per_epoch=10, epochs=4, **options)
+    for step, value in expected.items():
+        np.testing.assert_allclose(schedule(step), value, rtol=1e-6, atol=1e-8)
+
+
+def test_sgd_by_hand():
+    """Two steps of Nesterov momentum with decoupled decay, on gradient 1 at rate 0.1."""
+    optimizer = make_optimizer(
+        "sgd", learning_rate=lambda _: 0.1, momentum=0.9, nesterov=True, weight_decay=0.5
+    )
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for _ in range(2):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    # Nesterov: m1 = 1, u1 = 1 + .9*1 = 1.9; m2 = 1.9, u2 = 1 + .9*1.9 = 2.71.
+    bias = 2 - 0.1 * 1.9 - 0.1 * 2.71
+    kernel = 2 - 0.1 * (1.9 + 0.5 * 2)
+    kernel -= 0.1 * (2.71 + 0.5 * kernel)
+    np.testing.assert_allclose(params["convs"]["bias"], bias, rtol=1e-6)
+    np.testing.assert_allclose(params["norms"]["scale"], bias, rtol=1e-6)
+    np.testing.assert_allclose(params["convs"]["kernel"], kernel, rtol=1e-6)
+    np.testing.assert_allclose(params["head"]["kernel"], kernel, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_decay_spares_biases_and_batch_norm(name):
+    """With gradients of 0, only decay moves a parameter."""
+    optimizer = make_optimizer(name, learning_rate=lambda _: 0.1, momentum=0.9, weight_decay=0.5)
+    grads = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    assert not updates["convs"]["bias"].any()
+    assert not updates["norms"]["scale"].any()
+    np.testing.assert_allclose(updates["convs"]["kernel"], -0.1 * 0.5 * 2, rtol=1e-5)
+    assert jax.tree.leaves(decayed(PARAMS)) == [False, True, True, False]
+
+
+def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
+    dimensions = muon_dimensions(PARAMS)
+    assert dimensions["convs"]["kernel"] == ((0, 1, 2), 3)
+    assert dimensions["convs"]["bias"] is None
+    assert dimensions["norms"]["scale"] is None
+    assert dimensions["head"]["kernel"] is None
+    optimizer = make_optimizer("muon", learning_rate=lambda _: 1.0, momentum=0.9, adam_ratio=0.25)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
+    updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    singular = np.linalg.svd(np.asarray(updates["convs"]["kernel"]).reshape(-1, 4))[1]
+    # Newton-Schulz's coefficients map singular values to about [0.7, 1.2].
+    assert singular.min() > 0.6
+    assert singular.max() < 1.3
+    # Adam's first step, with Nesterov momentum and bias correction: the learning rate times
+    # 0.9 * 0.1 / (1 - 0.9**2) + 0.1 / (1 - 0.9), along the gradient's sign.
+    step = 0.25 * (0.09 / 0.19 + 1)
+    np.testing.assert_allclose(
+        updates["head"]["kernel"], -step * np.sign(grads["head"]["kernel"]), rtol=1e-3
+    )
