@@ -349,7 +349,7 @@ def _check_reachable(name: str, url: str) -> None:
     """Fails at once where TFDS, which retries for minutes, would fail in the end."""
     request = urllib.request.Request(f"{url}{FILE_NAMES[0]}.gz", method="HEAD")
     try:
-        urllib.request.urlopen(request, timeout=20).close()
+        urllib.request.build_opener().open(request, timeout=20).close()
     except OSError as error:
         raise InputError(
             f"{name} cannot be downloaded from {url} ({_reason(error)}): put {_ALL_FILES} in a "

@@ -341,14 +341,12 @@ def _load_streamed(
 ) -> Splits[Records]:
     info = _read_info(directory) or _scan_once(directory, prepare)
     prepared = _Prepared(directory)
-    num_train, num_test = prepared.num_examples("train"), prepared.num_examples("test")
+    num_train = prepared.num_examples("train")
     train_indices, val_indices = split_indices(num_train, val_size=val_size, seed=seed)
     return Splits(
         train=Records(prepared, split="train", indices_N=train_indices),
-        val=Records(prepared, split="train", indices_N=val_indices).take(np.arange(val_size)),
-        test=Records(prepared, split="test", indices_N=np.arange(num_test)).take(
-            np.arange(num_test)
-        ),
+        val=prepared.decode("train", val_indices),
+        test=prepared.decode("test"),
         info=info,
     )
 
@@ -393,7 +391,7 @@ def _read_decoded(directory: Path) -> tuple[Examples, Examples, DatasetInfo] | N
     if info is None:
         return None
     try:
-        with np.load(directory / _ARRAYS_FILE) as arrays:
+        with (directory / _ARRAYS_FILE).open("rb") as file, np.load(file) as arrays:
             train = Examples(arrays["train_images"], arrays["train_labels"])
             test = Examples(arrays["test_images"], arrays["test_labels"])
     # A damaged zip file fails in many ways; its CRC-32s see to it that it does fail.
@@ -482,26 +480,26 @@ class _Prepared:
         info: Any = self._builder.info
         if missing := {"train", "test"} - set(info.splits):
             raise InputError(f"{directory} has no split named {' or '.join(sorted(missing))}")
-        keys = info.supervised_keys or ()
+        keys: Any = info.supervised_keys or ()
         is_pair = len(keys) == 2 and all(isinstance(key, str) for key in keys)
         self._keys: tuple[str, str] = keys if is_pair else ("image", "label")
         is_dict = isinstance(info.features, tfds.features.FeaturesDict)
         features: dict[str, Any] = dict(info.features.items()) if is_dict else {}
         image, label = (features.get(key) for key in self._keys)
-        if (
-            not isinstance(image, tfds.features.Image)
-            or None in image.shape
-            or image.np_dtype != np.uint8
-            or not isinstance(label, tfds.features.ClassLabel)
-            or not label.num_classes
-        ):
+        shape: Any = (None,)
+        if isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8:
+            shape = image.shape
+        names: Any = ()
+        if isinstance(label, tfds.features.ClassLabel) and label.num_classes:
+            names = label.names
+        if None in shape or not names:
             found = " ".join(f"{' and '.join(self._keys)} are {image} and {label}".split())
             raise InputError(
                 f"{directory} is not a dataset of uint8 images of one shape with class labels: its "
                 f"features {found}"
             )
-        self.image_shape: tuple[int, int, int] = tuple(image.shape)
-        self._class_names = tuple(label.names)
+        self.image_shape: tuple[int, int, int] = tuple(shape)
+        self._class_names: tuple[str, ...] = tuple(names)
         # TFDS logs how it decodes at the first record it decodes.
         with archives_lib.quiet():
             self.read(self.source("train"), np.arange(1))
@@ -527,8 +525,8 @@ class _Prepared:
             return self._builder.as_data_source(split=split, file_format="array_record")
         except (NotImplementedError, ValueError) as error:
             raise InputError(
-                f"{self._directory} is prepared as {self._builder.info.file_format}: prepare it "
-                "with file_format='array_record'"
+                f"{self._directory} is prepared as {self._builder.info.file_format.value}: prepare "
+                "it with file_format='array_record'"
             ) from error
         except (OSError, RuntimeError) as error:
             raise self._damaged(error) from error
@@ -549,24 +547,22 @@ class _Prepared:
             raise InputError(f"{self._directory} has examples without a label")
         return Examples(images, labels)
 
-    def chunks(self, split: str) -> Iterator[Examples]:
-        source, num_examples = self.source(split), self.num_examples(split)
-        with tqdm(
-            total=num_examples, desc=f"Decoding {split}", unit=" examples", leave=False
-        ) as bar:
-            for start in range(0, num_examples, _READ_RECORDS):
-                chunk = self.read(
-                    source, np.arange(start, min(start + _READ_RECORDS, num_examples))
-                )
+    def chunks(self, split: str, indices_N: np.ndarray | None = None) -> Iterator[Examples]:
+        source = self.source(split)
+        if indices_N is None:
+            indices_N = np.arange(len(source))
+        with tqdm(total=len(indices_N), desc=f"Decoding {split}", unit="", leave=False) as bar:
+            for start in range(0, len(indices_N), _READ_RECORDS):
+                chunk = self.read(source, indices_N[start : start + _READ_RECORDS])
                 bar.update(chunk.num_examples)
                 yield chunk
 
-    def decode(self, split: str) -> Examples:
-        num_examples = self.num_examples(split)
+    def decode(self, split: str, indices_N: np.ndarray | None = None) -> Examples:
+        num_examples = self.num_examples(split) if indices_N is None else len(indices_N)
         images = np.empty((num_examples, *self.image_shape), np.uint8)
         labels = np.empty(num_examples, np.int32)
         start = 0
-        for chunk in self.chunks(split):
+        for chunk in self.chunks(split, indices_N):
             stop = start + chunk.num_examples
             images[start:stop], labels[start:stop] = chunk
             start = stop

@@ -51,8 +51,8 @@ def plot_curves(
 ) -> Figure:
     """Draw loss, accuracy and learning rate by epoch.
 
-    Loss is on a logarithmic scale, and accuracy on one that is logarithmic in the errors: the step
-    from 99% to 99.5% is as long as that from 98% to 99%.
+    Loss is on a logarithmic scale, and accuracy on one that is logarithmic in the errors: it is
+    about as far from 99% to 99.5% as from 98% to 99%.
 
     Args:
         epochs: [E] Numbers of the epochs, ascending.
@@ -93,7 +93,7 @@ def plot_curves(
         axes.grid(alpha=0.3)
         if best_epoch is not None:
             label = f"best: epoch {best_epoch}"
-            axes.axvline(best_epoch, color=_GREEN, linestyle="--", linewidth=1, label=label)
+            axes.axvline(best_epoch, color=_GREEN, linestyle="--", zorder=1, label=label)
     loss_axes.legend(fontsize=_POINTS)
     return figure
 
@@ -122,23 +122,20 @@ def plot_predictions(
     Returns:
         The figure.
     """
-    count = min(len(np.asarray(labels)), rows * columns)
-    images, labels = np.asarray(images_NHWC)[:count], np.asarray(labels)[:count]
-    probabilities = np.asarray(probabilities_NK)[:count]
-    predicted = probabilities.argmax(axis=1)
+    labels = np.asarray(labels)[: rows * columns]
+    images = np.asarray(images_NHWC)[: rows * columns]
+    probabilities = np.asarray(probabilities_NK)[: rows * columns]
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    right = predicted == labels
 
-    figure, grid = _image_grid(count, columns=columns)
-    for axes, image, label, guess, row in zip(
-        grid, images, labels, predicted, probabilities, strict=True
-    ):
-        _show(axes, image)
-        title = f"{class_names[guess]} ({row[guess]:.1%})"
-        if guess == label:
-            axes.set_title(title, fontsize=_POINTS, color=_GREEN)
-        else:
-            title += f"\ntrue: {class_names[label]}"
-            axes.set_title(title, fontsize=_POINTS, color=_RED, fontweight="bold")
-    figure.suptitle(f"{np.sum(predicted == labels)} of {count} right")
+    titles = [
+        f"{class_names[guess]} ({p:.1%})" + ("" if hit else f"\ntrue {class_names[label]}")
+        for guess, p, label, hit in zip(predicted, confidence, labels, right, strict=True)
+    ]
+    heading = f"{right.sum()} of {len(right)} right"
+    figure, grid = _image_grid(images, columns=columns, heading=heading, titles=titles)
+    for axes, hit in zip(grid, right, strict=True):
+        axes.title.set(color=_GREEN if hit else _RED, fontweight="normal" if hit else "bold")
     return figure
 
 
@@ -169,17 +166,21 @@ def plot_mistakes(
     wrong = np.flatnonzero(predicted != labels)
     shown = wrong[np.argsort(-confidence[wrong], kind="stable")][: rows * columns]
 
-    figure, grid = _image_grid(len(shown), columns=columns)
-    for axes, index in zip(grid, shown, strict=True):
-        _show(axes, np.asarray(images_NHWC)[index])
-        true, guess = class_names[labels[index]], class_names[predicted[index]]
-        title = f"true {true}\n→ predicted {guess} ({confidence[index]:.1%})"
-        axes.set_title(title, fontsize=_POINTS)
-        axes.set_xlabel(f"#{index}", fontsize=_POINTS, color=_GREY)
-    if len(wrong):
-        figure.suptitle(f"{len(shown)} of {len(wrong)} errors in {len(labels):,} examples, ")
-    else:
-        figure.suptitle(f"No errors in {len(labels):,} examples")
+    names = np.asarray(class_names)
+    titles = [
+        f"true {names[labels[i]]} →\npredicted {names[predicted[i]]} ({confidence[i]:.1%})"
+        for i in shown
+    ]
+    heading = f"{_count(len(wrong), 'error')} in {_count(len(labels), 'example')}"
+    if len(shown) < len(wrong):
+        heading = f"The {len(shown)} most confident of {heading}"
+    figure, _ = _image_grid(
+        np.asarray(images_NHWC)[shown],
+        columns=columns,
+        heading=heading,
+        titles=titles,
+        captions=[f"#{i}" for i in shown],
+    )
     return figure
 
 
@@ -194,8 +195,10 @@ def plot_confusion(*, confusion_KK: ArrayLike, class_names: Sequence[str]) -> Fi
         The figure.
     """
     counts = np.asarray(confusion_KK)
-    errors = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
-    side = 2 + 0.5 * len(counts)
+    diagonal = np.eye(len(counts), dtype=bool)
+    errors = np.where(diagonal, 0, counts)
+    inches, points = (0.5, _POINTS) if len(counts) <= 20 else (0.32, 7)
+    side = max(4.5, 2 + inches * len(counts))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
 
@@ -203,25 +206,22 @@ def plot_confusion(*, confusion_KK: ArrayLike, class_names: Sequence[str]) -> Fi
     shade = 0.85 * errors / max(1, errors.max())
     colors = colormaps["Oranges"](shade)
     colors[errors == 0] = 1
-    np.einsum("iic->ic", colors)[:] = (0.9, 0.9, 0.9, 1)
+    colors[diagonal] = (0.9, 0.9, 0.9, 1)
     axes.imshow(colors)
-    for (row, column), count in np.ndenumerate(counts):
-        if count:
-            color = "white" if shade[row, column] > 0.6 else "black"
-            axes.text(
-                column, row, f"{count}", ha="center", va="center", color=color, fontsize=_POINTS
-            )
+    centered = {"ha": "center", "va": "center", "fontsize": points, "in_layout": False}
+    for row, column in np.argwhere(counts):
+        color = "white" if shade[row, column] > 0.6 else "black"
+        axes.text(column, row, f"{counts[row, column]}", color=color, **centered)
 
     ticks = range(len(counts))
     turn = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     long_names = max(map(len, class_names)) > 3
-    axes.set_xticks(ticks, class_names, **(turn if long_names else {}))
-    axes.set_yticks(ticks, class_names)
+    axes.set_xticks(ticks, class_names, fontsize=points, **(turn if long_names else {}))
+    axes.set_yticks(ticks, class_names, fontsize=points)
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(
-        f"{errors.sum():,} errors in {counts.sum():,} examples "
-        f"({errors.sum() / max(1, counts.sum()):.2%})"
-    )
+    wrong, total = errors.sum(), counts.sum()
+    share = f" ({wrong / total:.2%})" if total else ""
+    axes.set_title(f"{_count(wrong, 'error')} in {_count(total, 'example')}{share}")
     return figure
 
 
@@ -247,14 +247,50 @@ def plot_augmentations(*, originals_NHWC: ArrayLike, augmented_NMHWC: ArrayLike)
     return figure
 
 
-def _image_grid(count: int, *, columns: int) -> tuple[Figure, list[Axes]]:
-    """Make a figure of `count` axes for images and their titles, in rows of `columns`."""
-    rows = max(1, -(-count // columns))
-    figure = Figure(figsize=(1.4 * columns, 1.65 * rows + 0.4), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid[count:]:
-        axes.axis("off")
-    return figure, list(grid[:count])
+def _count(number: int, noun: str) -> str:
+    """Format "0 errors", "1 error", "1,234 errors"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _image_grid(
+    images: np.ndarray,
+    *,
+    columns: int,
+    heading: str,
+    titles: Sequence[str],
+    captions: Sequence[str] = (),
+) -> tuple[Figure, list[Axes]]:
+    """Draw images in rows of `columns`, each below its title and above its caption, if any.
+
+    Returns:
+        The figure, and the axes of each image.
+    """
+    lines = [title.split("\n") for title in titles]
+    columns = max(1, min(columns, len(images)))
+    rows = -(-len(images) // columns)
+
+    # In inches. Matplotlib's own layouts let the texts of square axes overlap.
+    side, head, character = 1.3, 0.4, 0.075
+    above = 0.1 + 0.15 * max((len(each) for each in lines), default=0)
+    below = 0.3 if captions else 0.1
+    cell_width = max([side + 0.1, *(character * len(line) for each in lines for line in each)])
+    cell_height = above + side + below
+    width, height = max(5.2, columns * cell_width), head + rows * cell_height
+
+    figure = Figure(figsize=(width, height))
+    figure.suptitle(heading, y=1 - 0.5 * head / height, va="center")
+    grid = []
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
+        row, column = divmod(i, columns)
+        x = width / 2 + (column - (columns - 1) / 2) * cell_width - side / 2
+        y = height - head - row * cell_height - above - side
+        axes = figure.add_axes((x / width, y / height, side / width, side / height))
+        _show(axes, image)
+        axes.set_title(title, fontsize=_POINTS)
+        grid.append(axes)
+    for axes, caption in zip(grid, captions, strict=False):
+        axes.set_xlabel(caption, fontsize=_POINTS, color=_GREY)
+    return figure, grid
 
 
 def _show(axes: Axes, image_HWC: np.ndarray) -> None:
@@ -282,12 +318,9 @@ def _scale_by_errors(axes: Axes) -> None:
     axes.set_yscale("function", functions=(forward, inverse))
     axes.set_ylim(inverse(low), min(inverse(high), 100.05))
 
-    # Round numbers first, as many as fit.
-    ticks: list[float] = []
-    for step in (50, 10, 5, 1, 0.5, 0.1, 0.05, 0.01):
-        for tick in np.arange(0, 100 + step / 2, step).round(2):
-            gap = min((abs(forward(tick) - forward(t)) for t in ticks), default=np.inf)
-            if low <= forward(tick) <= high and gap > 0.1 * (high - low):
-                ticks.append(tick)
-    axes.yaxis.set_major_locator(ticker.FixedLocator(sorted(ticks)))
+    ticks = [
+        t for t in (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 100) if low <= forward(t) <= high
+    ]
+    few = ticker.MaxNLocator(8, steps=[1, 2, 5, 10])
+    axes.yaxis.set_major_locator(ticker.FixedLocator(ticks) if len(ticks) > 2 else few)
     axes.yaxis.set_minor_locator(ticker.NullLocator())

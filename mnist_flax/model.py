@@ -104,11 +104,12 @@ def relu_norm_pool(norm: Any, inputs_BHWC: jax.Array, *, pool: bool, train: bool
 
     With `train`, the batch's own statistics normalise, and `norm`'s running ones move towards them.
     """
+    window = 2 if pool else 1
     if not train:
         outputs_BHWC = norm(nnx.relu(inputs_BHWC), use_running_average=True)
-        return ops.max_pool(outputs_BHWC) if pool else outputs_BHWC
+        return ops.max_pool(outputs_BHWC, window=window)
     outputs_BHWC, mean_C, var_C = ops.relu_norm_pool(
-        inputs_BHWC, norm.scale[...], norm.bias[...], epsilon=norm.epsilon, pool=pool
+        inputs_BHWC, norm.scale[...], norm.bias[...], epsilon=norm.epsilon, window=window
     )
     norm.mean[...] = norm.momentum * norm.mean[...] + (1 - norm.momentum) * mean_C
     norm.var[...] = norm.momentum * norm.var[...] + (1 - norm.momentum) * var_C

@@ -1,5 +1,8 @@
 """Strict JAX settings for every test, and the real MNIST, prepared once a session."""
 
+import os
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -11,7 +14,12 @@ jax.config.update("jax_debug_key_reuse", True)
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """A directory that holds the datasets prepared by this test session."""
+    """A directory that holds the datasets prepared by this test session.
+
+    MNIST_FLAX_TEST_DATA names one to keep from session to session.
+    """
+    if kept := os.environ.get("MNIST_FLAX_TEST_DATA"):
+        return Path(kept)
     return tmp_path_factory.mktemp("datasets")
 
 

@@ -48,9 +48,7 @@ def test_best_is_the_first_lowest_and_patience_is_kept(losses, patience):
         assert epoch - (stopping.best_epoch or 0) == patience
 
 
-@pytest.mark.parametrize(
-    "options", [{"patience": 0}, {"min_delta": -1.0}, {"min_delta": math.nan}]
-)
+@pytest.mark.parametrize("options", [{"patience": 0}, {"min_delta": -1.0}, {"min_delta": math.nan}])
 def test_impossible_values(options):
     with pytest.raises(InputError, match=next(iter(options))):
         EarlyStopping(**options)

@@ -1,0 +1,231 @@
+"""The loop on real MNIST: determinism, resuming, streaming, stopping, divergence, the lock."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from mnist_flax import checkpoint
+from mnist_flax.data import Examples, Splits, load_splits
+from mnist_flax.errors import DivergedError, InputError, Interrupted
+from mnist_flax.evaluate import evaluate, predict
+from mnist_flax.fit import data_mesh, epochs, fit, initial_state
+from mnist_flax.model import CNNConfig
+from mnist_flax.optimizer import make_schedule
+from mnist_flax.recipes import (
+    AffineConfig,
+    OptimizerConfig,
+    PlateauConfig,
+    Recipe,
+    ScheduleConfig,
+    StoppingConfig,
+)
+from mnist_flax.steps import eval_logits
+
+MODEL = CNNConfig(widths=(4, 8), padding=("SAME", "VALID"), pool=(True, True), hidden=(16,))
+RECIPE = Recipe(
+    val_size=500,
+    epochs=3,
+    batch_size=50,
+    model=MODEL,
+    augment=AffineConfig(rotate=10.0, shift=0.05),
+    optimizer=OptimizerConfig(learning_rate=0.05),
+    schedule=ScheduleConfig("one_cycle", warmup=0.2),
+    plateau=PlateauConfig(patience=1),
+)
+
+
+def head(examples, count):
+    return Examples(examples.images[:count], examples.labels[:count])
+
+
+@pytest.fixture(scope="module")
+def small(splits) -> Splits:
+    """1,230 training and 500 validation examples: 24 steps an epoch, and 30 left over."""
+    return dataclasses.replace(splits, train=head(splits.train, 1230), val=head(splits.val, 500))
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """An uninterrupted run, and its directory."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    return fit(RECIPE, small, workdir=workdir, progress=False), workdir
+
+
+def bits(state):
+    return jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state, state.step))
+
+
+def assert_same_run(one, other):
+    jax.tree.map(np.testing.assert_array_equal, bits(one.state), bits(other.state))
+    assert [timeless(row) for row in one.history] == [timeless(row) for row in other.history]
+
+
+def timeless(row):
+    return {name: value for name, value in row.items() if not name.endswith("seconds")}
+
+
+def after(calls):
+    """Returns an `interrupted` that becomes true at its `calls`-th call."""
+    count = iter(range(1, 10**9))
+    return lambda: next(count) >= calls
+
+
+def test_it_learns_and_reports(whole):
+    result, workdir = whole
+    assert [row["epoch"] for row in result.history] == [1, 2, 3]
+    assert [row["step"] for row in result.history] == [24, 48, 72]
+    assert result.history[-1]["val_accuracy"] > 0.7
+    assert result.history[-1]["val_loss"] < result.history[0]["val_loss"]
+    schedule = make_schedule("one_cycle", peak=0.05, steps_per_epoch=24, epochs=3, warmup=0.2)
+    rates = [row["learning_rate"] for row in result.history]
+    np.testing.assert_allclose(rates, [schedule(step) for step in (23, 47, 71)], rtol=1e-6)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(result.history)
+    assert list(workdir.glob("events.out.tfevents.*"))
+
+
+def test_two_runs_are_the_same_bits_and_another_seed_is_not(whole, small):
+    assert_same_run(whole[0], fit(RECIPE, small, progress=False))
+    other = next(epochs(dataclasses.replace(RECIPE, seed=1), small))
+    assert other.train_loss != whole[0].history[0]["train_loss"]
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4, 5, 9])
+def test_interrupted_anywhere_and_resumed_is_the_same_bits(whole, small, tmp_path, calls):
+    with pytest.raises(Interrupted):
+        fit(RECIPE, small, workdir=tmp_path, progress=False, interrupted=after(calls))
+    assert_same_run(whole[0], fit(RECIPE, small, workdir=tmp_path, resume=True, progress=False))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+
+
+def test_resuming_a_finished_run_gives_its_result(whole, small):
+    result, workdir = whole
+    assert_same_run(result, fit(RECIPE, small, workdir=workdir, resume=True, progress=False))
+
+
+def test_streamed_is_the_same_bits(whole, data_dir):
+    """The records of the same 1,230 examples, read by TFDS and Grain."""
+    streamed = load_splits("mnist", val_size=5000, seed=0, data_dir=data_dir, stream=True)
+    records = streamed.train
+    records._indices_N = records._indices_N[:1230]
+    streamed = dataclasses.replace(streamed, val=head(streamed.val, 500))
+    assert_same_run(whole[0], fit(RECIPE, streamed, progress=False))
+
+
+def test_an_epochs_division_into_calls_does_not_change_its_bits(small, monkeypatch):
+    one_call = next(epochs(RECIPE, small))
+    monkeypatch.setattr("mnist_flax.fit.CALL_SECONDS", 0.0)  # a call a step
+    step_by_step = next(epochs(RECIPE, small))
+    jax.tree.map(np.testing.assert_array_equal, bits(one_call.state), bits(step_by_step.state))
+
+
+def test_early_stopping_restores_the_best_epoch(small):
+    recipe = dataclasses.replace(
+        RECIPE,
+        epochs=30,
+        augment=AffineConfig(),
+        optimizer=OptimizerConfig("adamw", learning_rate=0.01, momentum=None),
+        schedule=ScheduleConfig(),
+        plateau=PlateauConfig(),
+        stopping=StoppingConfig(patience=2),
+    )
+    result = fit(recipe, small, progress=False)
+    losses = [row["val_loss"] for row in result.history]
+    assert result.stopped_early
+    assert result.best_epoch == 1 + losses.index(min(losses)) == len(losses) - 2
+    evaluation = evaluate(result.state, small.val)
+    assert evaluation.loss == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_plateau_lowers_the_rate_and_the_row_says_so(small):
+    recipe = dataclasses.replace(
+        RECIPE,
+        schedule=ScheduleConfig(),
+        plateau=PlateauConfig(patience=1, factor=0.5, min_delta=0.99),
+    )
+    rates = [result.learning_rate for result in epochs(recipe, small)]
+    np.testing.assert_allclose(rates, [0.05, 0.05, 0.025], rtol=1e-6)
+
+
+def test_without_validation_the_last_state_is_kept(small):
+    recipe = dataclasses.replace(RECIPE, val_size=0, epochs=2, plateau=PlateauConfig())
+    everything = dataclasses.replace(small, val=head(small.val, 0))
+    result = fit(recipe, everything, progress=False)
+    assert (result.best_epoch, int(result.state.step)) == (2, 48)
+    assert result.history[-1]["val_loss"] is None
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(small, tmp_path):
+    images = small.train.images
+    recipe = dataclasses.replace(
+        RECIPE, optimizer=OptimizerConfig(learning_rate=1e30), model=MODEL, plateau=PlateauConfig()
+    )
+    with pytest.raises(DivergedError, match=r"diverged.*checkpoint of step None"):
+        fit(recipe, small, workdir=tmp_path, progress=False)
+    assert images is small.train.images
+
+
+def test_bad_input_is_refused_before_anything_is_written(small, whole, tmp_path):
+    def refuse(match, recipe=RECIPE, workdir=tmp_path / "new", **options):
+        with pytest.raises(InputError, match=match):
+            fit(recipe, small, workdir=workdir, progress=False, **options)
+
+    refuse("batch_size is 2000", dataclasses.replace(RECIPE, batch_size=2000))
+    refuse("val_size is 400", dataclasses.replace(RECIPE, val_size=400))
+    refuse("no run to resume", resume=True)
+    refuse("holds a run", workdir=whole[1])
+    deep = CNNConfig(widths=(4,) * 4, padding=("VALID",) * 4, pool=(True,) * 4)
+    refuse("too small", dataclasses.replace(RECIPE, model=deep))
+    other = dataclasses.replace(RECIPE, seed=3, label_smoothing=0.2)
+    refuse(r"label_smoothing: 0.0 -> 0.2; seed: 0 -> 3", other, workdir=whole[1], resume=True)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match="devices is 99"):
+        data_mesh(99)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(whole, small):
+    other = dataclasses.replace(RECIPE, epochs=4)
+    state = initial_state(other, small.info, steps=24, mesh=data_mesh())
+    like = checkpoint.Progress(state, whole_metrics(), checkpoint.EarlyStopping())
+    with (
+        checkpoint.open_checkpoints(whole[1]) as manager,
+        pytest.raises(InputError, match="epochs: 3 -> 4"),
+    ):
+        checkpoint.restore(manager, other, like)
+
+
+def whole_metrics():
+    return checkpoint.Metrics.zero()
+
+
+def test_the_latest_and_the_best_checkpoints_are_kept(whole):
+    with checkpoint.open_checkpoints(whole[1]) as manager:
+        kept = set(manager.all_steps())
+    assert kept == {48, 72} | {24 * whole[0].best_epoch}
+
+
+def test_evaluation_against_numpy(whole, splits):
+    """On every one of 1,111 examples, though they fill no whole number of batches."""
+    examples = head(splits.test, 1111)
+    state = whole[0].state
+    evaluation = evaluate(state, examples)
+    logits = np.asarray(eval_logits(state, examples.images), np.float64)
+    np.testing.assert_allclose(evaluation.logits_NK, logits, rtol=1e-4, atol=1e-4)
+    logits = evaluation.logits_NK.astype(np.float64)
+    softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(evaluation.probabilities_NK, softmax, rtol=1e-9)
+    chosen = softmax[np.arange(1111), examples.labels]
+    assert evaluation.loss == pytest.approx(-np.log(chosen).mean())
+    hits = logits.argmax(-1) == examples.labels
+    assert (evaluation.correct, evaluation.total) == (hits.sum(), 1111)
+    assert evaluation.confusion_KK.sum() == 1111
+    assert np.trace(evaluation.confusion_KK) == hits.sum()
+    row, column = examples.labels[~hits][0], logits.argmax(-1)[~hits][0]
+    assert evaluation.confusion_KK[row, column] >= 1
+    assert predict(state, examples.images[:3]).shape == (3, 10)
+    assert math.isclose(evaluation.accuracy, hits.mean())

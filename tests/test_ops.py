@@ -1,0 +1,331 @@
+"""The hand-written operations against `lax` and its autodiff, in float64 on the CPU."""
+
+import os
+import subprocess
+import sys
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from jax import lax
+from numpy.testing import assert_allclose, assert_array_equal
+
+from mnist_flax import ops
+
+EPSILON = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def close(actual, expected, *, tolerance=1e-10):
+    jax.tree.map(lambda a, b: assert_allclose(a, b, tolerance, tolerance), actual, expected)
+
+
+def lax_conv(x, w, padding):
+    return lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=ops.NHWC)
+
+
+def fast_conv(x, w, padding):
+    return ops.conv(x, w, (1, 1), padding, dimension_numbers=ops.NHWC)
+
+
+def lax_max_pool(x, window):
+    shape = (1, window, window, 1)
+    return lax.reduce_window(x, -jnp.inf, lax.max, shape, shape, "VALID")
+
+
+def lax_relu_norm_pool(x, scale, bias, window):
+    """The textbook order of operations, each differentiated by JAX."""
+    relu = jax.nn.relu(x)
+    mean, var = (f(relu, (0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
+    scale, bias = (a.reshape(1, 1, 1, -1) for a in (scale, bias))
+    normed = (relu - mean) / jnp.sqrt(var + EPSILON) * scale + bias
+    return lax_max_pool(normed, window), mean.ravel(), var.ravel()
+
+
+def fast_relu_norm_pool(x, scale, bias, window):
+    return ops.relu_norm_pool(x, scale, bias, epsilon=EPSILON, window=window)
+
+
+def value_and_vjp(fun, *args, seed=0):
+    """Returns the outputs and the gradients for random cotangents of every output."""
+
+    @jax.jit
+    def run(args):
+        out, vjp = jax.vjp(fun, *args)
+        rng = np.random.default_rng(seed)
+        return out, vjp(jax.tree.map(lambda a: rng.normal(size=a.shape).astype(a.dtype), out))
+
+    return run(args)
+
+
+def normal(*shape, seed=0, dtype=np.float64):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
+
+
+# Convolution
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    batch=st.integers(1, 13),
+    size=st.tuples(st.integers(5, 12), st.integers(5, 12)),
+    channels=st.tuples(st.sampled_from([1, 4, 15, 16, 19]), st.integers(1, 18)),
+    kernel=st.sampled_from([(1, 1), (3, 3), (5, 5), (2, 3)]),
+    padding=st.sampled_from(["SAME", "VALID", ((2, 0), (1, 3))]),
+)
+def test_conv_agrees_with_lax(batch, size, channels, kernel, padding):
+    x, w = normal(batch, *size, channels[0]), normal(*kernel, *channels)
+    actual = value_and_vjp(lambda x, w: fast_conv(x, w, padding), x, w)
+    close(actual, value_and_vjp(lambda x, w: lax_conv(x, w, padding), x, w))
+
+
+@pytest.mark.parametrize("batch", [12, 13])
+@pytest.mark.parametrize("channels", [3, 16])
+def test_conv_sums_the_kernel_gradient_over_chunks(monkeypatch, batch, channels):
+    x, w = normal(batch, 6, 6, channels), normal(3, 3, channels, 2)
+    expected = value_and_vjp(lambda x, w: lax_conv(x, w, "VALID"), x, w)
+    for images in (1, 4, 5, 1000):
+        monkeypatch.setattr(ops, "CHUNK_BYTES", images * 4 * 4 * channels * 8)
+        close(value_and_vjp(lambda x, w: fast_conv(x, w, "VALID"), x, w), expected)
+
+
+def test_chunks_divide_the_batch():
+    assert [ops._divisor(12, at_most=n) for n in (0, 1, 5, 11, 12, 99)] == [1, 1, 4, 6, 12, 12]
+    assert ops._divisor(13, at_most=12) == 1
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(window_strides=(2, 1), padding="SAME"),
+        dict(window_strides=(1, 1), padding="VALID", rhs_dilation=(2, 2)),
+        dict(window_strides=(1, 1), padding=((1, 1), (1, 1)), lhs_dilation=(2, 1)),
+        dict(window_strides=(1, 1), padding="SAME", feature_group_count=2),
+        dict(window_strides=(1, 1), padding="SAME", precision=lax.Precision.HIGHEST),
+        dict(window_strides=(1, 1), padding="SAME", preferred_element_type=jnp.float64),
+    ],
+)
+def test_conv_hands_other_convolutions_to_lax(kwargs):
+    x, w = normal(3, 8, 8, 4), normal(3, 3, 4 // kwargs.get("feature_group_count", 1), 6)
+    kwargs["dimension_numbers"] = ops.NHWC
+
+    def fast(x, w):
+        return ops.conv(x, w, **kwargs)
+
+    def plain(x, w):
+        return lax.conv_general_dilated(x, w, **kwargs)
+
+    close(value_and_vjp(fast, x, w), value_and_vjp(plain, x, w))
+
+
+def test_conv_reads_other_dimension_orders_as_lax_does():
+    x, w = normal(3, 4, 8, 7), normal(6, 4, 3, 3)
+    expected = value_and_vjp(lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME"), x, w)
+    close(value_and_vjp(lambda x, w: ops.conv(x, w, (1, 1), "SAME"), x, w), expected)
+    x, w = normal(3, 9, 4), normal(3, 4, 6)
+    dims = ("NHC", "HIO", "NHC")
+    expected = lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=dims)
+    close(ops.conv(x, w, (1,), "SAME", dimension_numbers=dims), expected)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_conv_takes_the_place_of_lax_in_nnx_conv(padding):
+    x = normal(3, 7, 9, 2, dtype=np.float32)
+
+    def output(**kwargs):
+        layer = nnx.Conv(2, 5, (3, 3), padding=padding, rngs=nnx.Rngs(0), **kwargs)
+        return layer(x)
+
+    fast = output(conv_general_dilated=ops.conv)
+    assert fast.dtype == jnp.float32
+    close(fast, output(), tolerance=1e-5)
+
+
+def test_conv_in_float32_is_as_exact_as_lax():
+    x, w = normal(8, 26, 26, 32), normal(3, 3, 32, 64)
+    exact = value_and_vjp(lambda x, w: lax_conv(x, w, "VALID"), x, w)
+
+    def error(conv):
+        low = [a.astype(jnp.float32) for a in (x, w)]
+        out = value_and_vjp(lambda x, w: conv(x, w, "VALID"), *low)
+        assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(out))
+        return [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(*map(jax.tree.leaves, (out, exact)))]
+
+    for fast, plain in zip(error(fast_conv), error(lax_conv), strict=True):
+        assert fast < 2 * plain
+
+
+# Pooling
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(3, 9), st.integers(3, 9), st.integers(1, 5)),
+    window=st.integers(1, 3),
+    ties=st.booleans(),
+)
+def test_max_pool_agrees_with_lax(shape, window, ties):
+    x = normal(*shape)
+    x = jnp.round(x) if ties else x
+    actual = value_and_vjp(lambda x: ops.max_pool(x, window=window), x)
+    close(actual, value_and_vjp(lambda x: lax_max_pool(x, window), x))
+
+
+def test_max_pool_gives_the_gradient_to_the_first_of_equal_maxima():
+    x = jnp.array([[1.0, 3.0, 2.0, 2.0, 9.0], [3.0, 0.0, 2.0, 2.0, 9.0]])[None, :, :, None]
+    gradient = jax.grad(lambda x: (ops.max_pool(x, window=2)[0, 0, :, 0] @ jnp.array([5.0, 7.0])))
+    assert_array_equal(gradient(x)[0, :, :, 0], [[0, 5, 7, 0, 0], [0, 0, 0, 0, 0]])
+
+
+# ReLU, BatchNorm and pooling
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(3, 9), st.integers(3, 9), st.integers(1, 5)),
+    window=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_relu_norm_pool_agrees_with_autodiff(shape, window, seed):
+    # Scales of both signs. A window of zeros ties, but ReLU stops what reaches any of them.
+    args = normal(*shape, seed=seed), normal(shape[-1], seed=seed), normal(shape[-1], seed=99)
+    actual = value_and_vjp(lambda *a: fast_relu_norm_pool(*a, window), *args)
+    close(actual, value_and_vjp(lambda *a: lax_relu_norm_pool(*a, window), *args), tolerance=1e-8)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_relu_norm_pool_differentiates_at_a_scale_of_zero(window):
+    x, scale, bias = normal(3, 4, 6, 3), jnp.array([0.0, 1.0, -1.0]), normal(3)
+    weights = normal(3, 4 // window, 6 // window, 3)
+
+    def loss(scale):
+        return jnp.sum(weights * fast_relu_norm_pool(x, scale, bias, window)[0])
+
+    # At a scale of zero, pooling has a kink: the derivative is the one from above.
+    step = 1e-6
+    above = jnp.array([loss(scale.at[c].add(step)) - loss(scale) for c in range(3)]) / step
+    close(jax.grad(loss)(scale), above, tolerance=1e-6)
+
+
+def test_relu_norm_pool_of_hand_computed_values():
+    # ReLU leaves 0, 2, 4, 2: mean 2, variance 2.
+    x = jnp.array([[-5.0, 2.0], [4.0, 2.0]])[None, :, :, None]
+    one = jnp.ones(1)
+    y, mean, var = ops.relu_norm_pool(x, 3 * one, one, epsilon=2.0, window=1)
+    assert_allclose(y[0, :, :, 0], [[-2, 1], [4, 1]])
+    assert_allclose([mean[0], var[0]], [2, 2])
+    assert_allclose(ops.relu_norm_pool(x, 3 * one, one, epsilon=2.0, window=2)[0].item(), 4)
+    assert_allclose(ops.relu_norm_pool(x, -3 * one, one, epsilon=2.0, window=2)[0].item(), 4)
+
+
+def test_relu_norm_pool_is_nnx_batch_norm():
+    x = normal(4, 5, 5, 3, dtype=np.float32)
+    norm = nnx.BatchNorm(3, epsilon=EPSILON, momentum=0.0, rngs=nnx.Rngs(0))
+    expected = norm(nnx.relu(x), use_running_average=False)
+    args = [a.astype(jnp.float32) for a in (jnp.ones(3), jnp.zeros(3))]
+    y, mean, var = fast_relu_norm_pool(x, *args, 1)
+    assert y.dtype == mean.dtype == var.dtype == jnp.float32
+    close((y, mean, var), (expected, norm.mean[...], norm.var[...]), tolerance=1e-5)
+
+
+# Programs
+
+
+def network(conv, relu_norm_pool, max_pool):
+    """Returns the gradient of a small network's loss, by the operations given."""
+
+    def loss(params, x):
+        for w, scale, bias in params[:-1]:
+            x, _, _ = relu_norm_pool(conv(x, w, "SAME"), scale, bias, 2)
+        return jnp.sum(jnp.sin(max_pool(conv(x, params[-1], "VALID"), 2)))
+
+    return jax.grad(loss)
+
+
+FAST = network(fast_conv, fast_relu_norm_pool, lambda x, window: ops.max_pool(x, window=window))
+PLAIN = network(lax_conv, lax_relu_norm_pool, lax_max_pool)
+
+
+def parameters(*lead, dtype=np.float64):
+    blocks = [
+        [normal(*lead, 3, 3, *io, seed=seed), normal(*lead, io[1]), normal(*lead, io[1], seed=1)]
+        for seed, io in enumerate([(1, 6), (6, 4)])
+    ]
+    return jax.tree.map(lambda a: a.astype(dtype), [*blocks, normal(*lead, 3, 3, 4, 2)])
+
+
+def test_a_loop_of_steps_is_the_same_steps_one_by_one():
+    x = normal(3, 8, 17, 19, 1)
+
+    def step(params, x):
+        return jax.tree.map(lambda p, g: p - 0.01 * g, params, FAST(params, x))
+
+    looped = jax.jit(lambda p: lax.fori_loop(0, 3, lambda i, p: step(p, x[i]), p))(parameters())
+    expected = parameters()
+    for i in range(3):
+        gradient = PLAIN(expected, x[i])
+        expected = jax.tree.map(lambda p, g: p - 0.01 * g, expected, gradient)
+    close(looped, expected, tolerance=1e-8)
+
+
+def test_vmap_over_networks_is_each_network_alone():
+    params, x = parameters(3), normal(8, 17, 19, 1)
+    mapped = jax.jit(jax.vmap(FAST, (0, None)))(params, x)
+    for i in range(3):
+        alone = PLAIN(jax.tree.map(lambda p, i=i: p[i], params), x)
+        close(jax.tree.map(lambda g, i=i: g[i], mapped), alone, tolerance=1e-8)
+
+
+def test_the_same_bits_every_time():
+    params, x = parameters(dtype=np.float32), normal(64, 17, 19, 1, dtype=np.float32)
+    run = jax.jit(FAST)
+    jax.tree.map(assert_array_equal, run(params, x), run(params, x))
+
+
+SHARDED = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_enable_x64", True)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from test_ops import FAST, close, normal, parameters
+
+mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+for batch in (8, 7):
+    params, x = parameters(), normal(batch, 17, 19, 1)
+    expected = jax.jit(FAST)(params, x)
+    with jax.set_mesh(mesh):
+        spec = P("data") if batch == 8 else P()
+        x = jax.device_put(x, NamedSharding(mesh, spec))
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        run = jax.jit(FAST).lower(params, x).compile()
+        actual = run(params, x)
+        assert batch == 7 or "all-gather" not in run.as_text()
+        mapped = jax.jit(jax.vmap(FAST, (0, None)))(jax.tree.map(lambda p: p[None], params), x)
+    close(actual, expected)
+    close(jax.tree.map(lambda g: g[0], mapped), expected)
+print("agreed")
+"""
+
+
+def test_a_batch_shared_by_two_devices_gives_the_gradients_of_one():
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path + [os.path.dirname(__file__)])}
+    run = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.stdout == "agreed\n", run.stderr
+
+
+def test_on_accelerators_the_operations_are_plain_lax(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    params, x = parameters(), normal(8, 17, 19, 1)
+    assert "custom_vjp" not in str(jax.make_jaxpr(FAST)(params, x))
+    close(FAST(params, x), PLAIN(params, x), tolerance=1e-8)

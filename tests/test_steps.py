@@ -1,0 +1,173 @@
+"""The steps: a golden step, purity, determinism, and what vmap and scan make of them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mnist_flax.augment import random_affine
+from mnist_flax.data import Examples
+from mnist_flax.model import CNN, CNNConfig
+from mnist_flax.optimizer import make_optimizer
+from mnist_flax.steps import (
+    Purpose,
+    create_state,
+    draw_key,
+    eval_step,
+    reduce_on_plateau,
+    to_float,
+    train_step,
+)
+
+CONFIG = CNNConfig(widths=(4, 8), padding=("SAME", "VALID"), pool=(True, True), hidden=(16,))
+OPTIMIZER = make_optimizer("sgd", learning_rate=lambda _: 0.1, momentum=0.9, weight_decay=0.01)
+AUGMENT = functools.partial(random_affine, rotate=10.0, shift=0.1, zoom=0.1)
+
+
+# What three steps came to when this test was written, on the CPU.
+GOLDEN_LOSSES = [3.6836660, 2.6777792, 2.2424724]
+GOLDEN_NORM = 9.0447979
+
+
+def make_state(seed=0):
+    key = jax.random.key(seed)
+    model = CNN(CONFIG, rngs=nnx.Rngs(params=draw_key(key, Purpose.INIT, 0)))
+    return create_state(key, model, OPTIMIZER)
+
+
+def same_bits(one, other):
+    one, other = jax.tree.leaves(one), jax.tree.leaves(other)
+    return len(one) == len(other) and all(map(np.array_equal, map(raw, one), map(raw, other)))
+
+
+def raw(leaf):
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+@pytest.fixture(scope="module")
+def batch(splits):
+    return Examples(jnp.asarray(splits.train.images[:32]), jnp.asarray(splits.train.labels[:32]))
+
+
+@pytest.fixture(scope="module")
+def step():
+    return jax.jit(functools.partial(train_step, augment=AUGMENT, label_smoothing=0.1))
+
+
+def test_a_step_by_hand(batch):
+    """Logistic regression's gradient in numpy: the last layer, with everything before it frozen."""
+    config = dataclasses.replace(CONFIG, dropout=0.0)
+    model = CNN(config, rngs=nnx.Rngs(0))
+    optimizer = make_optimizer("sgd", learning_rate=lambda _: 0.1)
+    state = create_state(jax.random.key(0), model, optimizer)
+    features_BF = np.asarray(model.features(to_float(batch.images), train=True), np.float64)
+    new_state, metrics = train_step(state, batch, label_smoothing=0.1)
+    kernel = np.asarray(state.params["head"]["kernel"], np.float64)
+    bias = np.asarray(state.params["head"]["bias"], np.float64)
+    logits = features_BF @ kernel + bias
+    softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    targets = 0.9 * np.eye(10)[np.asarray(batch.labels)] + 0.01
+    np.testing.assert_allclose(metrics.loss, -(targets * np.log(softmax)).sum(-1).mean(), 1e-5)
+    assert int(metrics.correct) == (logits.argmax(-1) == np.asarray(batch.labels)).sum()
+    gradient = features_BF.T @ (softmax - targets) / 32
+    new_kernel = new_state.params["head"]["kernel"]
+    np.testing.assert_allclose(new_kernel, kernel - 0.1 * gradient, rtol=1e-4, atol=1e-6)
+    assert int(new_state.step) == 1
+
+
+def test_golden_step(batch, step):
+    """Three steps land where they landed on the day this was written, within float32 rounding."""
+    state, losses = make_state(), []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+    np.testing.assert_allclose(losses, GOLDEN_LOSSES, rtol=1e-4)
+    np.testing.assert_allclose(optax.tree.norm(state.params), GOLDEN_NORM, rtol=1e-5)
+
+
+def test_two_runs_are_the_same_bits_and_another_seed_is_not(batch, step):
+    one, other = (step(*step(make_state(), batch)[:1], batch) for _ in range(2))
+    assert same_bits(one, other)
+    assert not same_bits(one[0].params, step(step(make_state(1), batch)[0], batch)[0].params)
+
+
+def test_a_step_leaves_its_inputs_and_the_key_alone(batch, step):
+    state = make_state()
+    before = jax.tree.map(lambda leaf: np.array(raw(leaf)), state)
+    new_state, _ = step(state, batch)
+    assert same_bits(jax.tree.map(raw, state), before)
+    assert same_bits(new_state.key, state.key)
+    assert not same_bits(new_state.params, state.params)
+    assert not same_bits(new_state.batch_stats, state.batch_stats)
+
+
+def test_the_plateau_scale_multiplies_the_update(batch):
+    state = make_state()
+    halved = dataclasses.replace(state, plateau=state.plateau._replace(scale=jnp.float32(0.5)))
+    full, half = train_step(state, batch)[0], train_step(halved, batch)[0]
+
+    def moved(new):
+        return new.params["head"]["kernel"] - state.params["head"]["kernel"]
+
+    np.testing.assert_allclose(moved(half), 0.5 * moved(full), rtol=1e-3, atol=1e-7)
+
+
+def test_plateau_by_hand():
+    """Patience 2, factor 0.5, 10% improvements count, floor 0.3."""
+    state, scales = make_state(), []
+    for loss in [1.0, 0.95, 0.95, 0.8, 0.79, 0.78, 0.78, 0.78]:
+        state = reduce_on_plateau(
+            state, jnp.float32(loss), patience=2, factor=0.5, min_delta=0.1, min_scale=0.3
+        )
+        scales.append(round(float(state.plateau.scale), 6))
+    assert scales == [1, 1, 0.5, 0.5, 0.5, 0.3, 0.3, 0.3]
+
+
+def test_stacked_states_under_vmap_are_the_single_ones(batch):
+    states = [make_state(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    step = functools.partial(train_step, augment=AUGMENT)
+    together, metrics = jax.jit(jax.vmap(step, in_axes=(0, None)))(stacked, batch)
+    assert metrics.loss.shape == (3,)
+    for index, state in enumerate(states):
+        alone, alone_metrics = jax.jit(step)(state, batch)
+        np.testing.assert_allclose(metrics.loss[index], alone_metrics.loss, rtol=1e-5)
+        jax.tree.map(
+            lambda many, one, i=index: np.testing.assert_allclose(many[i], one, atol=2e-5),
+            together.params,
+            alone.params,
+        )
+
+
+def test_eval_counts_padding_for_nothing_and_changes_nothing(batch):
+    state = make_state()
+    padded = Examples(
+        jnp.concatenate([batch.images, jnp.zeros_like(batch.images[:5])]),
+        jnp.concatenate([batch.labels, -jnp.ones_like(batch.labels[:5])]),
+    )
+    plain, with_padding = eval_step(state, batch), eval_step(state, padded)
+    assert int(with_padding.count) == 32
+    assert int(with_padding.correct) == int(plain.correct)
+    np.testing.assert_allclose(with_padding.loss, plain.loss, rtol=1e-6)
+
+
+def test_draw_keys_differ_by_purpose_and_index():
+    key = jax.random.key(0)
+    keys = {
+        tuple(np.asarray(jax.random.key_data(draw_key(key, purpose, index))).tolist())
+        for purpose in Purpose
+        for index in range(5)
+    }
+    assert len(keys) == len(Purpose) * 5
+
+
+def test_to_float():
+    images = np.array([0, 51, 255], np.uint8).reshape(1, 3, 1, 1)
+    np.testing.assert_allclose(to_float(images).reshape(-1), [0, 0.2, 1], rtol=1e-7)
+    floats = jnp.array([0.1, 0.9]).reshape(1, 2, 1, 1)
+    assert same_bits(to_float(floats), floats)
