@@ -29,7 +29,7 @@ class Command:
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       archives: a directory of four IDX archives to read the dataset from.
       stream: read training records as they are needed instead of holding them all.
-      devices: how many devices share a batch; by default all. On the CPU, how many to make of it.
+      devices: how many devices share a batch; by default all, and on the CPU one a core.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -55,7 +55,7 @@ def main(arguments):
     default = Command(command_line.named_recipe(name))
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
     recipe = command.recipe
-    runtime.configure(cpu_devices=command.devices)
+    runtime.configure(cpu_devices=command.devices or runtime.share_cores(recipe.batch_size))
     interrupts = runtime.Interrupts()
     interrupts.install()
 

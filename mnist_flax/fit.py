@@ -266,18 +266,21 @@ def compile_programs(
     metrics: Metrics,
     window: Window,
     val_batches: Examples | None,
+    *,
+    mesh: Mesh,
 ) -> Programs:
-    """Compiles training and validation for arrays like these; runs nothing."""
+    """Compiles training and validation for arrays like these, on a mesh; runs nothing."""
     began = time.perf_counter()
     steps_of_epoch = functools.partial(
         train_steps, augment=make_augment(recipe), label_smoothing=recipe.label_smoothing
     )
     everywhere = jax.tree.map(lambda array: array.sharding, (state, metrics))
     train = jax.jit(steps_of_epoch, donate_argnums=0, out_shardings=everywhere)
-    train = train.lower(state, metrics, *window).compile()
     evaluate = None
-    if val_batches is not None:
-        evaluate = jax.jit(eval_steps).lower(state, val_batches).compile()
+    with jax.set_mesh(mesh):
+        train = train.lower(state, metrics, *window).compile()
+        if val_batches is not None:
+            evaluate = jax.jit(eval_steps).lower(state, val_batches).compile()
     return Programs(train, evaluate, time.perf_counter() - began)
 
 
@@ -399,7 +402,9 @@ def epochs(
     )
     schedule = jax.jit(recipe_schedule(recipe, steps_per_epoch=steps))
     norm = jax.jit(optax.tree.norm)
-    plateau: Callable[..., TrainState] = jax.jit(functools.partial(reduce_on_plateau, **dataclasses.asdict(recipe.plateau)))
+    plateau: Callable[..., TrainState] = jax.jit(
+        functools.partial(reduce_on_plateau, **dataclasses.asdict(recipe.plateau))
+    )
     programs = None
     for epoch in range(int(state.step) // steps + 1, recipe.epochs + 1):
         done = int(state.step) % steps
@@ -410,7 +415,9 @@ def epochs(
             feed = resident_feed(train, indices_SB)
         compiled = 0.0
         if programs is None:
-            programs = compile_programs(recipe, state, metrics, feed(done, 0), val_batches)
+            programs = compile_programs(
+                recipe, state, metrics, feed(done, 0), val_batches, mesh=mesh
+            )
             compiled = programs.seconds
         began = time.perf_counter()
         with epoch_bar(recipe, epoch=epoch, steps=steps, done=done, shown=progress) as bar:

@@ -9,6 +9,12 @@ from pathlib import Path
 import jax
 
 
+def share_cores(batch_size: int) -> int:
+    """Returns the largest number of the CPU's cores that can share a batch evenly."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(n for n in range(1, (cores or 1) + 1) if batch_size % n == 0)
+
+
 def configure(*, cpu_devices: int | None = None) -> None:
     """Sets JAX up, before its backend starts.
 

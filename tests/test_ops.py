@@ -158,7 +158,10 @@ def test_conv_in_float32_is_as_exact_as_lax():
         low = [a.astype(jnp.float32) for a in (x, w)]
         out = value_and_vjp(lambda x, w: conv(x, w, "VALID"), *low)
         assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(out))
-        return [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(*map(jax.tree.leaves, (out, exact)))]
+        return [
+            np.sqrt(np.mean((a - b) ** 2))
+            for a, b in zip(*map(jax.tree.leaves, (out, exact)), strict=False)
+        ]
 
     for fast, plain in zip(error(fast_conv), error(lax_conv), strict=True):
         assert fast < 2 * plain
@@ -182,7 +185,7 @@ def test_max_pool_agrees_with_lax(shape, window, ties):
 
 def test_max_pool_gives_the_gradient_to_the_first_of_equal_maxima():
     x = jnp.array([[1.0, 3.0, 2.0, 2.0, 9.0], [3.0, 0.0, 2.0, 2.0, 9.0]])[None, :, :, None]
-    gradient = jax.grad(lambda x: (ops.max_pool(x, window=2)[0, 0, :, 0] @ jnp.array([5.0, 7.0])))
+    gradient = jax.grad(lambda x: ops.max_pool(x, window=2)[0, 0, :, 0] @ jnp.array([5.0, 7.0]))
     assert_array_equal(gradient(x)[0, :, :, 0], [[0, 5, 7, 0, 0], [0, 0, 0, 0, 0]])
 
 
@@ -317,7 +320,7 @@ print("agreed")
 
 
 def test_a_batch_shared_by_two_devices_gives_the_gradients_of_one():
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path + [os.path.dirname(__file__)])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)])}
     run = subprocess.run(
         [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False
     )

@@ -1,0 +1,51 @@
+"""Every public function keeps the house's conventions, and the README's example runs."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mnist_flax
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = [getattr(mnist_flax, name) for name in mnist_flax.__all__]
+FUNCTIONS = [thing for thing in PUBLIC if inspect.isfunction(thing)]
+POSITIONAL = {"key", "images_BHWC", "images_NHWC", "state", "batch", "model", "optimizer"}
+POSITIONAL |= {"recipe", "splits", "name", "examples"}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_the_key_comes_first_and_options_are_keyword_only(function):
+    parameters = inspect.signature(function).parameters
+    if "key" in parameters:
+        assert next(iter(parameters)) == "key"
+    for parameter in parameters.values():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            assert parameter.name in POSITIONAL
+            assert parameter.default is parameter.empty
+        assert parameter.annotation is not parameter.empty
+    assert inspect.signature(function).return_annotation is not inspect.Signature.empty
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: getattr(t, "__name__", "RECIPES"))
+def test_everything_public_is_documented(thing):
+    assert inspect.getdoc(thing)
+    if inspect.isfunction(thing):
+        doc = inspect.getdoc(thing) or ""
+        parameters = set(inspect.signature(thing).parameters) - {"key", "state", "model"}
+        assert all(name in doc for name in parameters)
+
+
+def test_the_readmes_example(data_dir):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    example = code[1].replace("val_size=5000", f"val_size=5000, data_dir={str(data_dir)!r}")
+    run = subprocess.run(
+        [sys.executable, "-c", example], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    found = re.fullmatch(r"loss [0-9.]+, validation accuracy ([0-9.]+)%\n", run.stdout)
+    assert found is not None
+    assert float(found[1]) > 80

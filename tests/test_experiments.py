@@ -1,0 +1,143 @@
+"""experiments/train.py as its user runs it: real processes, real signals, real files."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mnist_flax import command_line
+from mnist_flax.errors import InputError
+from mnist_flax.recipes import RECIPES, Recipe, differences, from_dict, to_dict
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--val-size", "59000", "--epochs", "2", "--batch-size", "100"]
+SMALL += ["--model.widths", "4", "8", "--model.padding", "SAME", "VALID"]
+SMALL += ["--model.pool", "True", "True", "--optimizer.learning-rate", "0.01"]
+
+
+def command(*arguments, data_dir):
+    script = str(ROOT / "experiments" / "train.py")
+    return [sys.executable, script, *arguments, "--data-dir", str(data_dir), "--devices", "1"]
+
+
+def train(*arguments, data_dir, cwd):
+    words = command(*arguments, data_dir=data_dir)
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_run_leaves_its_results_and_imports_no_tensorflow(data_dir, tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv = {["train.py", *SMALL, "--data-dir", str(data_dir), "--devices", "1"]!r}
+try:
+    runpy.run_path({str(ROOT / "experiments" / "train.py")!r}, run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert "tensorflow" not in sys.modules
+assert "tensorflow_datasets" not in sys.modules
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    workdir = tmp_path / "runs" / "default-seed0"
+    result = json.loads((workdir / "result.json").read_text())
+    last = run.stdout.splitlines()[-1]
+    correct, accuracy = result["test_correct"], result["test_accuracy"]
+    assert last == f"test accuracy {accuracy:.2%} ({correct}/10000)"
+    assert accuracy == correct / result["test_total"]
+    assert set(result["seconds"]) == {"data", "compile", "train", "eval"}
+    assert len(result["digest"]) == 64
+    assert from_dict(result["recipe"]).epochs == 2
+    for name in ("curves", "predictions", "mistakes", "confusion"):
+        with Image.open(workdir / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+
+
+@pytest.mark.usefixtures("splits")
+def test_sigterm_writes_a_checkpoint_and_the_run_resumes(data_dir, tmp_path):
+    long = [*SMALL, "--epochs", "400", "--workdir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command(*long, data_dir=data_dir), stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "--resume" in errors.splitlines()[-1]
+    again = train(*long, data_dir=data_dir, cwd=tmp_path)
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].startswith("error: ")
+    assert "--resume" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "defualt"], "did you mean default"),
+        (["--dataset", "mnits"], "mnist"),
+        (["--batch-size", "70000"], "batch_size is 70000"),
+        (["--resume", "--workdir", "nowhere"], "no run to resume"),
+        (["--archives", "nowhere"], "nowhere"),
+    ],
+)
+@pytest.mark.usefixtures("splits")
+def test_bad_input_is_one_line_and_status_2(arguments, message, data_dir, tmp_path):
+    run = train(*arguments, data_dir=data_dir, cwd=tmp_path)
+    assert run.returncode == 2, run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert run.stderr.startswith("error: ")
+    assert message in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--no-such-option", "3"], "no-such-option"),
+        (["--epochs", "many"], "--epochs"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--augment.rotate", "nan"], "augment.rotate is nan"),
+        (["--model.widths", "4", "-4", "4", "4"], "-4"),
+        (["--schedule.decay", "0.5"], "never reads it"),
+        (["--optimizer.momentum", "None"], "needs it"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(arguments, message):
+    with pytest.raises(InputError) as refusal:
+        command_line.parse(Recipe, arguments, default=RECIPES["default"], description="")
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_options_override_the_named_recipe():
+    name, rest = command_line.split_recipe(["--seed", "3", "--recipe", "seed", "--epochs", "1"])
+    assert (name, rest) == ("seed", ["--seed", "3", "--epochs", "1"])
+    recipe = command_line.parse(Recipe, rest, default=RECIPES[name], description="")
+    expected = ["epochs: 5 -> 1", "seed: 0 -> 3"]
+    assert differences(to_dict(RECIPES["seed"]), to_dict(recipe)) == expected
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipes_survive_json(name):
+    assert from_dict(json.loads(json.dumps(to_dict(RECIPES[name])))) == RECIPES[name]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"epoch": 3}, {"epochs": "3"}, {"model": 3}, {"model": {"widths": 3}}, {"seed": None}],
+)
+def test_a_damaged_recipe_is_an_input_error(values):
+    with pytest.raises(InputError):
+        from_dict(values)
