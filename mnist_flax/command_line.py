@@ -68,7 +68,6 @@ def parse(kind: type[T], arguments: Sequence[str], *, default: T, description: s
                 args=list(arguments),
                 default=default,
                 description=description,
-                config=(tyro.conf.FlagConversionOff,),
             )
     except SystemExit as stop:
         if not stop.code:

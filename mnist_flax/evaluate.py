@@ -78,7 +78,7 @@ def _batched_logits(state: TrainState, images_SBHWC: jax.Array) -> jax.Array:
 
 
 def predict(state: TrainState, images_NHWC: np.ndarray | jax.Array) -> np.ndarray:
-    """Returns logits [N, K], float32, of N >= 1 images, uint8 or float in [0, 1]."""
+    """Returns logits [N, K], float32, of `images_NHWC`, N >= 1, uint8 or float in [0, 1]."""
     N = len(images_NHWC)
     padded = Examples(np.asarray(images_NHWC), np.zeros(N, np.int32))
     batches = eval_batches(padded, batch_size=min(N, EVAL_BATCH))

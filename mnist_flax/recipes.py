@@ -253,10 +253,10 @@ def _lists(value: Any) -> Any:
 
 def _build(cls: type, values: Any) -> Any:
     types = typing.get_type_hints(cls)
-    if not isinstance(values, dict) or (unknown := sorted(values.keys() - types.keys())):
-        raise InputError(
-            f"the recipe's {cls.__name__} is not readable: unknown {unknown or values}"
-        )
+    if not isinstance(values, dict):
+        raise InputError(f"the recipe's {cls.__name__} is {values!r}, not a table of fields")
+    if unknown := sorted(values.keys() - types.keys()):
+        raise InputError(f"the recipe's {cls.__name__} has unknown fields: {', '.join(unknown)}")
     fields = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(types[name]):

@@ -69,7 +69,10 @@ class TrainState:
 def create_state(
     key: jax.Array, model: nnx.Module, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Splits `model` into a state at step 0. `key` seeds every later draw."""
+    """Splits `model` into a state at step 0, with `optimizer` at its start.
+
+    `key` seeds every later draw.
+    """
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     params = nnx.as_pure(params)
     return TrainState(
