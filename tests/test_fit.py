@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import jax
 import numpy as np
@@ -82,7 +83,8 @@ def test_it_learns_and_reports(whole):
     assert result.history[-1]["val_loss"] < result.history[0]["val_loss"]
     schedule = make_schedule("one_cycle", peak=0.05, steps_per_epoch=24, epochs=3, warmup=0.2)
     rates = [row["learning_rate"] for row in result.history]
-    np.testing.assert_allclose(rates, [schedule(step) for step in (23, 47, 71)], rtol=1e-6)
+    expected = np.array([schedule(step) for step in (23, 47, 71)])
+    np.testing.assert_allclose(rates, expected, rtol=0, atol=0.05 * 2e-7)  # float32 of the peak
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(result.history)
     assert list(workdir.glob("events.out.tfevents.*"))
@@ -94,7 +96,7 @@ def test_two_runs_are_the_same_bits_and_another_seed_is_not(whole, small):
     assert other.train_loss != whole[0].history[0]["train_loss"]
 
 
-@pytest.mark.parametrize("calls", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("calls", [1, 4, 9])
 def test_interrupted_anywhere_and_resumed_is_the_same_bits(whole, small, tmp_path, calls):
     with pytest.raises(Interrupted):
         fit(RECIPE, small, workdir=tmp_path, progress=False, interrupted=after(calls))
@@ -119,7 +121,7 @@ def test_streamed_is_the_same_bits(whole, data_dir):
 
 def test_an_epochs_division_into_calls_does_not_change_its_bits(small, monkeypatch):
     one_call = next(epochs(RECIPE, small))
-    monkeypatch.setattr("mnist_flax.fit.CALL_SECONDS", 0.0)  # a call a step
+    monkeypatch.setattr(sys.modules["mnist_flax.fit"], "CALL_SECONDS", 0.0)  # a call a step
     step_by_step = next(epochs(RECIPE, small))
     jax.tree.map(np.testing.assert_array_equal, bits(one_call.state), bits(step_by_step.state))
 
