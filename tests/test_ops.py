@@ -67,7 +67,7 @@ def value_and_vjp(fun, *args, seed=0):
     return run(args)
 
 
-def normal(*shape, seed=0, dtype=np.float64):
+def normal(*shape, seed=0, dtype: type = np.float64):
     return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
 
 
@@ -201,8 +201,8 @@ def test_max_pool_gives_the_gradient_to_the_first_of_equal_maxima():
 def test_relu_norm_pool_agrees_with_autodiff(shape, window, seed):
     # Scales of both signs. A window of zeros ties, but ReLU stops what reaches any of them.
     args = normal(*shape, seed=seed), normal(shape[-1], seed=seed), normal(shape[-1], seed=99)
-    actual = value_and_vjp(lambda *a: fast_relu_norm_pool(*a, window), *args)
-    close(actual, value_and_vjp(lambda *a: lax_relu_norm_pool(*a, window), *args), tolerance=1e-8)
+    actual = value_and_vjp(lambda x, s, b: fast_relu_norm_pool(x, s, b, window), *args)
+    close(actual, value_and_vjp(lambda x, s, b: lax_relu_norm_pool(x, s, b, window), *args), tolerance=1e-8)
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -234,8 +234,8 @@ def test_relu_norm_pool_is_nnx_batch_norm():
     x = normal(4, 5, 5, 3, dtype=np.float32)
     norm = nnx.BatchNorm(3, epsilon=EPSILON, momentum=0.0, rngs=nnx.Rngs(0))
     expected = norm(nnx.relu(x), use_running_average=False)
-    args = [a.astype(jnp.float32) for a in (jnp.ones(3), jnp.zeros(3))]
-    y, mean, var = fast_relu_norm_pool(x, *args, 1)
+    scale, bias = jnp.ones(3, jnp.float32), jnp.zeros(3, jnp.float32)
+    y, mean, var = fast_relu_norm_pool(x, scale, bias, 1)
     assert y.dtype == mean.dtype == var.dtype == jnp.float32
     close((y, mean, var), (expected, norm.mean[...], norm.var[...]), tolerance=1e-5)
 
@@ -258,7 +258,7 @@ FAST = network(fast_conv, fast_relu_norm_pool, lambda x, window: ops.max_pool(x,
 PLAIN = network(lax_conv, lax_relu_norm_pool, lax_max_pool)
 
 
-def parameters(*lead, dtype=np.float64):
+def parameters(*lead, dtype: type = np.float64):
     blocks = [
         [normal(*lead, 3, 3, *io, seed=seed), normal(*lead, io[1]), normal(*lead, io[1], seed=1)]
         for seed, io in enumerate([(1, 6), (6, 4)])
