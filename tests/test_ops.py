@@ -202,7 +202,11 @@ def test_relu_norm_pool_agrees_with_autodiff(shape, window, seed):
     # Scales of both signs. A window of zeros ties, but ReLU stops what reaches any of them.
     args = normal(*shape, seed=seed), normal(shape[-1], seed=seed), normal(shape[-1], seed=99)
     actual = value_and_vjp(lambda x, s, b: fast_relu_norm_pool(x, s, b, window), *args)
-    close(actual, value_and_vjp(lambda x, s, b: lax_relu_norm_pool(x, s, b, window), *args), tolerance=1e-8)
+    close(
+        actual,
+        value_and_vjp(lambda x, s, b: lax_relu_norm_pool(x, s, b, window), *args),
+        tolerance=1e-8,
+    )
 
 
 @pytest.mark.parametrize("window", [1, 2])
