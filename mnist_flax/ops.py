@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec
 
 BATCH_AXIS = "data"  # the mesh axis that a batch is sharded over
 NHWC = ("NHWC", "HWIO", "NHWC")
+FEW_CHANNELS = 8  # below it, but not at 1, patches and a product beat XLA's convolution
 CHUNK_BYTES = 512 * 1024  # a chunk of the output; with the input and a shifted copy, one core's L2
 
 
@@ -50,7 +51,8 @@ def conv(
     in NHWC/HWIO order on the CPU; anything else is handed to `lax`.
 
     - Forward (11 ms; `lax` 29): one row of zeros is added below and the extra output row dropped.
-      Without padding, XLA takes a path with a third of the speed.
+      Without padding, XLA takes a path with a third of the speed. From 2 to 7 channels it is one
+      matrix product of patches (256 images of 14x14x4 to 16 channels: 0.8 ms; `lax` 1.6).
     - Gradient of the input (14 ms): a convolution in NHWC order by the flipped kernel. XLA brings
       convolutions into this order itself, but not inside a loop, where `lax`'s own gradients run
       in scalar code (jax-ml/jax#12868).
@@ -156,11 +158,22 @@ def _on_cpu() -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x_BHWC, w_HWIO, padding):
+    if 1 < x_BHWC.shape[-1] < FEW_CHANNELS:
+        return _patch_product(x_BHWC, w_HWIO, padding)
     (top, bottom), sides = padding
     y = lax.conv_general_dilated(
         x_BHWC, w_HWIO, (1, 1), ((top, bottom + 1), sides), dimension_numbers=NHWC
     )
     return y[:, :-1]
+
+
+def _patch_product(x_BHWC, w_HWIO, padding):
+    """Convolves by one matrix product, of the patches around each pixel with the kernel."""
+    I, J, C, O = w_HWIO.shape
+    x_BHWC = jnp.pad(x_BHWC, ((0, 0), *padding, (0, 0)))
+    H, W = x_BHWC.shape[1] - I + 1, x_BHWC.shape[2] - J + 1
+    taps = [x_BHWC[:, i : i + H, j : j + W] for i in range(I) for j in range(J)]
+    return jnp.concatenate(taps, -1) @ w_HWIO.reshape(I * J * C, O)
 
 
 def _conv_fwd(x_BHWC, w_HWIO, padding):

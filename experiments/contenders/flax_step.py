@@ -1,0 +1,105 @@
+"""The notebook's network in Flax, ours or with plain layers: a contender of `benchmark.py`.
+
+    python experiments/contenders/flax_step.py mnist.npz 128 ours 2
+"""
+
+import sys
+import time
+
+BEGAN = time.perf_counter()
+
+import dataclasses
+
+import jax
+import numpy as np
+from flax import nnx
+from worker import serve
+
+from mnist_flax import runtime
+from mnist_flax.data import DatasetInfo, Examples
+from mnist_flax.fit import compile_programs, data_mesh, initial_state, resident_feed
+from mnist_flax.metrics import Metrics
+from mnist_flax.recipes import SEED, AffineConfig
+from mnist_flax.steps import create_state, train_step
+
+
+class PlainCNN(nnx.Module):
+    """The network as a newcomer would write it: `nnx.Conv`, `nnx.BatchNorm`, `nnx.max_pool`."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        """Draws the parameters."""
+        sizes = (1, 32, 64, 128)
+        self.convs = nnx.List(
+            [
+                nnx.Conv(*pair, kernel_size=(3, 3), padding="VALID", rngs=rngs)
+                for pair in zip(sizes, sizes[1:], strict=False)
+            ]
+        )
+        self.norms = nnx.List([nnx.BatchNorm(n, epsilon=1e-3, rngs=rngs) for n in sizes[1:]])
+        self.dense = nnx.Linear(3200, 256, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5)
+        self.head = nnx.Linear(256, 10, rngs=rngs)
+
+    def __call__(self, images_BHWC, *, train, key):
+        """Returns logits [B, K]."""
+        x = images_BHWC
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = norm(nnx.relu(conv(x)), use_running_average=not train)
+            x = nnx.max_pool(x, (2, 2), strides=(2, 2)) if index else x
+        x = nnx.relu(self.dense(x.reshape(x.shape[0], -1)))
+        return self.head(self.dropout(x, deterministic=not train, rngs=key))
+
+
+def plain(examples: Examples, batch_size: int):
+    """Returns `train(steps)`: a jitted step a batch, from a Python loop."""
+    import optax
+
+    model = PlainCNN(rngs=nnx.Rngs(0))
+    state = create_state(jax.random.key(0), model, optax.sgd(0.01, momentum=0.9))
+    step = jax.jit(train_step, donate_argnums=0)
+
+    def train(steps):
+        nonlocal state
+        for i in range(steps):
+            rows = slice(i * batch_size, (i + 1) * batch_size)
+            state, metrics = step(state, Examples(examples.images[rows], examples.labels[rows]))
+        assert np.isfinite(metrics.loss)
+
+    return train
+
+
+def ours(examples: Examples, batch_size: int):
+    """Returns `train(steps)` as `fit` trains: the steps are one program, the data resident."""
+    mesh = data_mesh()
+    info = DatasetInfo("mnist", "", 10, tuple("0123456789"), (28, 28, 1), "")
+    recipe = dataclasses.replace(SEED, batch_size=batch_size, augment=AffineConfig())
+    steps = len(examples.labels) // batch_size
+    state = initial_state(recipe, info, steps=steps, mesh=mesh)
+    everywhere = state.step.sharding
+    metrics = jax.device_put(Metrics.zero(), everywhere)
+    rows_SB = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
+    spec = jax.sharding.PartitionSpec(None, "data")
+    indices_SB = jax.device_put(rows_SB, jax.sharding.NamedSharding(mesh, spec))
+    feed = resident_feed(jax.device_put(examples, everywhere), indices_SB)
+    programs = compile_programs(recipe, state, metrics, feed(0, 0), None, mesh=mesh)
+
+    def train(steps):
+        nonlocal state
+        state, seen = programs.train(state, metrics, *feed(0, steps))
+        assert np.isfinite(seen.loss)
+
+    return train
+
+
+def main(data: str, batch_size: int, kind: str, devices: int) -> None:
+    """Serves training steps on uint8 images that lie in memory."""
+    runtime.configure(cpu_devices=devices)
+    with np.load(data) as arrays:
+        examples = Examples(arrays["images"], arrays["labels"])
+    train = {"ours": ours, "plain": plain}[kind](examples, batch_size)
+    train(2)
+    serve(train, began=BEGAN)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
