@@ -1,8 +1,9 @@
 # Everything runs in .venv, made from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+PEERS := torch==2.13.0 torchvision==0.28.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
 
-.PHONY: train test lint clean
+.PHONY: train test lint bench clean
 
 train: .venv/installed
 	$(BIN)/python experiments/train.py
@@ -15,10 +16,19 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+bench: .venv/installed .venv-peers/installed
+	$(BIN)/python experiments/benchmark.py --peers .venv-peers/bin/python
+
+# PyTorch and Keras, to be compared with; the package needs neither.
+.venv-peers/installed: Makefile
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet $(PEERS)
+	touch $@
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-peers

@@ -6,6 +6,7 @@ Every field of a recipe is an option; --help lists them with the recipe's own va
 """
 
 import dataclasses
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ class Command:
     Attributes:
       recipe: the recipe's fields.
       workdir: the run's directory; by default a new one under runs/.
-      resume: continue the run in workdir, with the options it was started with.
+      resume: continue the run in workdir, by its own recipe.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       archives: a directory of four IDX archives to read the dataset from.
       stream: read training records as they are needed instead of holding them all.
@@ -54,10 +55,11 @@ def main(arguments):
     name, rest = command_line.split_recipe(arguments)
     default = Command(command_line.named_recipe(name))
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
+    if command.resume and command.workdir is not None:
+        default = Command(command_line.recipe_of_run(command.workdir))
+        command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
     recipe = command.recipe
     runtime.configure(cpu_devices=command.devices or runtime.share_cores(recipe.batch_size))
-    interrupts = runtime.Interrupts()
-    interrupts.install()
 
     from mnist_flax.data import load_splits
     from mnist_flax.evaluate import evaluate
@@ -76,6 +78,9 @@ def main(arguments):
         stream=command.stream,
     )
     data_seconds = time.perf_counter() - data_began
+    # Until here a signal ends the process at once: there is nothing to save.
+    interrupts = runtime.Interrupts()
+    interrupts.install()
     try:
         result = fit(
             recipe,
@@ -86,10 +91,8 @@ def main(arguments):
             interrupted=interrupts,
         )
     except Interrupted as stop:
-        words = [*sys.argv, *([] if command.resume else ["--resume"])]
-        if command.workdir is None:
-            words += ["--workdir", str(workdir)]
-        print(f"{stop}; continue with: python {' '.join(words)}", file=sys.stderr)
+        words = shlex.join(["python", sys.argv[0], "--resume", "--workdir", str(workdir)])
+        print(f"{stop}; continue with: {words}", file=sys.stderr)
         return interrupts.exit_status
     test_began = time.perf_counter()
     test = evaluate(result.state, splits.test)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
 from mnist_flax.errors import DivergedError, InputError
-from mnist_flax.recipes import RECIPES, Recipe
+from mnist_flax.recipes import RECIPES, Recipe, from_dict
+from mnist_flax.workdir import RECIPE_FILE
 
 T = TypeVar("T")
 
@@ -52,6 +55,21 @@ def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
         else:
             rest.append(word)
     return name, rest
+
+
+def recipe_of_run(workdir: Path) -> Recipe:
+    """Returns the recipe of the run in `workdir`.
+
+    Raises:
+      InputError: there is none, or its recipe cannot be read.
+    """
+    path = workdir / RECIPE_FILE
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise InputError(f"there is no run to resume in {workdir}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def parse(kind: type[T], arguments: Sequence[str], *, default: T, description: str) -> T:
@@ -95,6 +113,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was under way that could be saved", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         print(f"error: {what}{error.strerror or error}", file=sys.stderr)

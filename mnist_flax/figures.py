@@ -8,7 +8,7 @@ it after `%matplotlib inline`. None touches pyplot's global state, so they may r
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -244,6 +244,27 @@ def plot_augmentations(*, originals_NHWC: ArrayLike, augmented_NMHWC: ArrayLike)
             _show(axes, image)
     for axes, title in zip(grid[0], ["original"] + ["augmented"] * (columns - 1), strict=True):
         axes.set_title(title, fontsize=_POINTS)
+    return figure
+
+
+def plot_seeds(accuracies: Mapping[str, ArrayLike]) -> Figure:
+    """Draw the accuracy of every seed as a point, and each recipe's mean as a line.
+
+    Args:
+        accuracies: Recipe name to [S] accuracies from 0 to 1, one for each seed.
+    """
+    figure = Figure(figsize=(6, 1.2 + 0.7 * len(accuracies)), layout="constrained")
+    axes = figure.subplots()
+    for row, values in enumerate(accuracies.values()):
+        percent = 100 * np.asarray(values)
+        axes.plot(percent, np.full(len(percent), row), "o", color=_BLUE, alpha=0.6, mew=0)
+        axes.plot([percent.mean()] * 2, [row - 0.3, row + 0.3], color=_RED)
+        label = f"{percent.mean():.3f}"
+        axes.annotate(label, (percent.mean(), row + 0.32), ha="center", fontsize=_POINTS)
+    axes.set_yticks(range(len(accuracies)), list(accuracies), fontsize=_POINTS)
+    axes.set_ylim(-0.6, len(accuracies) - 0.2)
+    axes.set_xlabel("Test accuracy (%); the line is the mean", fontsize=_POINTS)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -168,12 +168,22 @@ def _conv(x_BHWC, w_HWIO, padding):
 
 
 def _patch_product(x_BHWC, w_HWIO, padding):
-    """Convolves by one matrix product, of the patches around each pixel with the kernel."""
+    """Convolves by matrix products, of the patches around each pixel with the kernel."""
     I, J, C, O = w_HWIO.shape
     x_BHWC = jnp.pad(x_BHWC, ((0, 0), *padding, (0, 0)))
     H, W = x_BHWC.shape[1] - I + 1, x_BHWC.shape[2] - J + 1
-    taps = [x_BHWC[:, i : i + H, j : j + W] for i in range(I) for j in range(J)]
-    return jnp.concatenate(taps, -1) @ w_HWIO.reshape(I * J * C, O)
+
+    def of_chunk(x, w):
+        taps = [x[:, i : i + H, j : j + W] for i in range(I) for j in range(J)]
+        return jnp.concatenate(taps, -1) @ w.reshape(I * J * C, O)
+
+    def of_chunks(x, w):
+        # A loop, for XLA would compute the padding anew in each shifted copy.
+        x = _chunked(x, row_bytes=H * W * I * J * C * x.dtype.itemsize)
+        y = lax.map(lambda chunk: of_chunk(chunk, w), x)
+        return y.reshape(-1, H, W, O)
+
+    return _on_each_device(of_chunks, (x_BHWC,), (w_HWIO,))
 
 
 def _conv_fwd(x_BHWC, w_HWIO, padding):
@@ -189,32 +199,42 @@ def _conv_bwd(padding, residuals, dy_BHWO):
         dy_BHWO, flipped_HWOI, (1, 1), complement, dimension_numbers=NHWC
     )
     kernel_gradient = functools.partial(_kernel_gradient, size=size, padding=padding)
-    return dx_BHWC, _sum_over_batch(kernel_gradient, x_BHWC, dy_BHWO)
+    return dx_BHWC, _on_each_device(kernel_gradient, (x_BHWC, dy_BHWO), total=True)
 
 
 _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
-def _sum_over_batch(fun: Callable, *batched: jax.Array) -> jax.Array:
-    """Returns `fun(*batched)`, a sum over examples, computed on each device for its own."""
+def _on_each_device(fun: Callable, batched: tuple, shared: tuple = (), *, total: bool = False):
+    """Returns `fun(*batched, *shared)`, computed on each device for its own examples.
+
+    The compiler would gather a loop over chunks of a sharded batch onto every device. What `fun`
+    returns is batched too, or, with `total`, a sum over examples.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if BATCH_AXIS in mesh.manual_axes else mesh.shape.get(BATCH_AXIS, 1)
     if devices == 1 or batched[0].shape[0] % devices:
-        return fun(*batched)
-    # The compiler would gather a loop over chunks of a sharded batch onto every device.
+        return fun(*batched, *shared)
+    batch, all_ = PartitionSpec(BATCH_AXIS), PartitionSpec()
     return jax.shard_map(
-        lambda *local: lax.psum(fun(*local), BATCH_AXIS),
-        in_specs=PartitionSpec(BATCH_AXIS),
-        out_specs=PartitionSpec(),
+        lambda *local: lax.psum(fun(*local), BATCH_AXIS) if total else fun(*local),
+        in_specs=(batch,) * len(batched) + (all_,) * len(shared),
+        out_specs=all_ if total else batch,
         axis_names={BATCH_AXIS},
         check_vma=False,
-    )(*batched)
+    )(*batched, *shared)
+
+
+def _chunked(x: jax.Array, *, row_bytes: int) -> jax.Array:
+    """Splits [B, ...] into [chunks, rows, ...] of a size that stays in cache."""
+    rows = _divisor(x.shape[0], at_most=CHUNK_BYTES // row_bytes)
+    return x.reshape(-1, rows, *x.shape[1:])
 
 
 def _kernel_gradient(x_BHWC, dy_BHWO, *, size, padding):
     """Sums x[b, h + i, w + j, c] * dy[b, h, w, o] over b, h and w: [I, J, C, O]."""
     x_BHWC = jnp.pad(x_BHWC, ((0, 0), *padding, (0, 0)))
-    B, H, W, O = dy_BHWO.shape
+    _, H, W, O = dy_BHWO.shape
     C = x_BHWC.shape[-1]
     taps = [(i, j) for i in range(size[0]) for j in range(size[1])]
 
@@ -229,8 +249,8 @@ def _kernel_gradient(x_BHWC, dy_BHWO, *, size, padding):
         shifted = [x[:, i : i + H, j : j + W].reshape(-1, C) for i, j in taps]
         return jnp.concatenate([dy_OT @ x_TC for x_TC in shifted], -1).T
 
-    chunk = _divisor(B, at_most=CHUNK_BYTES // (H * W * max(C, O) * dy_BHWO.dtype.itemsize))
-    chunks = [a.reshape(-1, chunk, *a.shape[1:]) for a in (x_BHWC, dy_BHWO)]
+    row_bytes = H * W * max(C, O) * dy_BHWO.dtype.itemsize
+    chunks = [_chunked(a, row_bytes=row_bytes) for a in (x_BHWC, dy_BHWO)]
     total = jnp.zeros((len(taps) * C, O), x_BHWC.dtype)
     total, _ = lax.scan(lambda sum_, xs: (sum_ + of_chunk(*xs), None), total, chunks)
     return total.reshape(*size, C, O)

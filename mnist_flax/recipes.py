@@ -312,6 +312,34 @@ SEED = Recipe(
     schedule=ScheduleConfig("exponential", decay=0.9),
 )
 
+# Chosen on 10,000 validation examples, then trained on all 60,000; README has what they reach.
+# 56,138 parameters. Convolutions after the pooling pay: without padding they shrink what is left.
+QUICK = Recipe(
+    val_size=0,
+    epochs=1,
+    batch_size=256,
+    label_smoothing=0.1,
+    model=CNNConfig(
+        patch=2,
+        widths=(16, 32, 96),
+        padding=("SAME", "VALID", "VALID"),
+        pool=(True, False, False),
+        conv_bias=False,
+        norm_momentum=0.9,
+        hidden=(),
+        dropout=0.0,
+    ),
+    optimizer=OptimizerConfig("muon", learning_rate=0.4, momentum=0.8, adam_ratio=0.05),
+    schedule=ScheduleConfig("one_cycle", warmup=0.2),
+)
+
+FAST = dataclasses.replace(
+    QUICK,
+    epochs=2,
+    model=dataclasses.replace(QUICK.model, widths=(24, 48, 128)),
+    augment=AffineConfig(rotate=7.0, shift=0.03, zoom=0.06),
+)
+
 # 83,178 parameters; the best epoch by validation loss.
 DEFAULT = Recipe(
     epochs=12,
@@ -332,4 +360,4 @@ DEFAULT = Recipe(
     stopping=StoppingConfig(patience=5),
 )
 
-RECIPES = {"seed": SEED, "default": DEFAULT}
+RECIPES = {"seed": SEED, "default": DEFAULT, "quick": QUICK, "fast": FAST}

@@ -1,7 +1,10 @@
 """experiments/train.py as its user runs it: real processes, real signals, real files."""
 
 import json
+import os
+import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -80,6 +83,57 @@ def test_sigterm_writes_a_checkpoint_and_the_run_resumes(data_dir, tmp_path):
     assert again.returncode == 2
     assert again.stderr.splitlines()[-1].startswith("error: ")
     assert "--resume" in again.stderr
+    words = shlex.split(errors.splitlines()[-1].partition("continue with: ")[2])
+    done = len(metrics.read_text().splitlines())
+    # Its own recipe is read from the directory; 400 epochs are too many to wait for.
+    process = subprocess.Popen(
+        [sys.executable, *words[1:], "--data-dir", str(data_dir), "--devices", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    while len(metrics.read_text().splitlines()) < done + 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+@pytest.mark.usefixtures("splits")
+def test_seeds_reports_the_mean_of_what_it_trained(data_dir, tmp_path):
+    words = [sys.executable, str(ROOT / "experiments" / "seeds.py"), *SMALL, "--epochs", "1"]
+    words += ["--seeds", "3", "--data-dir", str(data_dir), "--devices", "1"]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    study = json.loads((tmp_path / "runs" / "seeds-default" / "study.json").read_text())
+    study = study["studies"]["default"]
+    assert [member["seed"] for member in study["members"]] == [100, 101, 102]
+    accuracies = [member["test_accuracy"] for member in study["members"]]
+    assert study["mean"] == pytest.approx(statistics.mean(accuracies))
+    assert study["deviation"] == pytest.approx(statistics.stdev(accuracies))
+    # Student's t for two degrees of freedom: 4.303.
+    half = 4.302653 * statistics.stdev(accuracies) / 3**0.5
+    assert study["interval"] == pytest.approx([study["mean"] - half, study["mean"] + half])
+    assert f"{study['mean']:.3%}" in run.stdout
+
+
+@pytest.mark.usefixtures("splits")
+def test_benchmark_times_our_steps_without_peers(data_dir, tmp_path):
+    script = str(ROOT / "experiments" / "benchmark.py")
+    words = [sys.executable, script, "--sections", "steps", "--rounds", "1", "--batch-size", "16"]
+    environment = os.environ | {"TFDS_DATA_DIR": str(data_dir)}
+    run = subprocess.run(
+        words, capture_output=True, text=True, cwd=tmp_path, check=False, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "runs" / "benchmark.json").read_text())
+    names = [row["contender"] for row in result["steps"]["rows"]]
+    assert names[1:] == ["mnist_flax, 1 device", "Flax, plain layers"]
+    assert all(row["images_per_second"] > 0 for row in result["steps"]["rows"])
 
 
 @pytest.mark.parametrize(

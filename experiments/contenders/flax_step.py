@@ -1,6 +1,6 @@
 """The notebook's network in Flax, ours or with plain layers: a contender of `benchmark.py`.
 
-    python experiments/contenders/flax_step.py mnist.npz 128 ours 2
+python experiments/contenders/flax_step.py mnist.npz 128 ours 2
 """
 
 import sys
@@ -9,9 +9,11 @@ import time
 BEGAN = time.perf_counter()
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from worker import serve
 
@@ -32,7 +34,7 @@ class PlainCNN(nnx.Module):
         self.convs = nnx.List(
             [
                 nnx.Conv(*pair, kernel_size=(3, 3), padding="VALID", rngs=rngs)
-                for pair in zip(sizes, sizes[1:], strict=False)
+                for pair in itertools.pairwise(sizes)
             ]
         )
         self.norms = nnx.List([nnx.BatchNorm(n, epsilon=1e-3, rngs=rngs) for n in sizes[1:]])
@@ -52,8 +54,6 @@ class PlainCNN(nnx.Module):
 
 def plain(examples: Examples, batch_size: int):
     """Returns `train(steps)`: a jitted step a batch, from a Python loop."""
-    import optax
-
     model = PlainCNN(rngs=nnx.Rngs(0))
     state = create_state(jax.random.key(0), model, optax.sgd(0.01, momentum=0.9))
     step = jax.jit(train_step, donate_argnums=0)

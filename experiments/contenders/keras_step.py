@@ -1,6 +1,6 @@
 """The notebook's network in Keras on TensorFlow: a contender of `benchmark.py`, run apart.
 
-    python experiments/contenders/keras_step.py mnist.npz 128 graph
+python experiments/contenders/keras_step.py mnist.npz 128 graph
 """
 
 import os

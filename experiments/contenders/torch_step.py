@@ -1,6 +1,6 @@
 """The notebook's network in PyTorch: a contender of `benchmark.py`, run in its own environment.
 
-    python experiments/contenders/torch_step.py mnist.npz 128 channels_last eager
+python experiments/contenders/torch_step.py mnist.npz 128 channels_last eager
 """
 
 import sys

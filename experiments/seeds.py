@@ -1,0 +1,148 @@
+"""Train a recipe from many seeds: mean test accuracy, its spread and its 95% interval.
+
+    python experiments/seeds.py --recipe quick --seeds 10 --first-seed 100
+
+Ten seeds of `quick` take about a minute on 2 cores and give 99.2% or more on average. The recipe's
+fields are options, as in train.py; `--versus NAME` compares with another recipe on the same seeds.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from scipy import stats
+
+from mnist_flax import command_line, runtime
+from mnist_flax.errors import InputError
+from mnist_flax.recipes import Recipe, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Options of the script, beside the recipe's.
+
+    Attributes:
+      recipe: the recipe's fields; its seed is not used.
+      seeds: how many seeds, at least 2.
+      first_seed: the first of them.
+      versus: another recipe to train from the same seeds.
+      workdir: where study.json and the strip plot go; by default runs/seeds-NAME.
+      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      devices: how many devices share a batch; by default all, and on the CPU one a core.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    seeds: int = 10
+    first_seed: int = 100
+    versus: str | None = None
+    workdir: Path | None = None
+    data_dir: Path | None = None
+    devices: int | None = None
+
+    def __post_init__(self):
+        if self.seeds < 2:
+            raise InputError(f"seeds is {self.seeds}; a spread needs at least 2")
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Returns the 95% interval of the mean by Student's t."""
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
+    return float(low), float(high)
+
+
+def run_seeds(recipe: Recipe, command: Command) -> tuple[dict[str, Any], np.ndarray]:
+    """Trains and tests each seed; returns a study's numbers and the accuracy of each seed."""
+    from mnist_flax.data import load_splits
+    from mnist_flax.evaluate import Evaluation, evaluate
+    from mnist_flax.fit import data_mesh, fit
+
+    splits = load_splits(
+        recipe.dataset, val_size=recipe.val_size, seed=recipe.split_seed, data_dir=command.data_dir
+    )
+    mesh = data_mesh(command.devices)
+    members, log_probabilities = [], []
+    for seed in range(command.first_seed, command.first_seed + command.seeds):
+        began = time.perf_counter()
+        result = fit(dataclasses.replace(recipe, seed=seed), splits, mesh=mesh, progress=False)
+        test = evaluate(result.state, splits.test)
+        log_probabilities.append(test.log_probabilities_NK)
+        members.append(
+            {
+                "seed": seed,
+                "test_accuracy": test.accuracy,
+                "test_loss": test.loss,
+                "val_accuracy": result.history[result.best_epoch - 1]["val_accuracy"],
+                "train_seconds": sum(row["train_seconds"] for row in result.history),
+                "whole_seconds": time.perf_counter() - began,
+            }
+        )
+        print(
+            f"seed {seed}: test accuracy {test.accuracy:.2%}, "
+            f"training {members[-1]['train_seconds']:.2f} s",
+            flush=True,
+        )
+    mixture_NK = np.logaddexp.reduce(log_probabilities) - np.log(len(members))
+    ensemble = Evaluation(mixture_NK, np.asarray(splits.test.labels))
+    accuracies = np.array([member["test_accuracy"] for member in members])
+    seconds = np.array([member["train_seconds"] for member in members])
+    study = {
+        "recipe": to_dict(recipe),
+        "mean": float(accuracies.mean()),
+        "deviation": float(accuracies.std(ddof=1)),
+        "interval": interval(accuracies),
+        "train_seconds_mean": float(seconds.mean()),
+        "train_seconds_range": [float(seconds.min()), float(seconds.max())],
+        "ensemble_accuracy": ensemble.accuracy,
+        "ensemble_loss": ensemble.loss,
+        "members": members,
+    }
+    return study, accuracies
+
+
+def describe(name: str, study: dict[str, Any]) -> str:
+    """Returns a study as a line."""
+    low, high = study["interval"]
+    return (
+        f"{name}: mean {study['mean']:.3%}, deviation {study['deviation']:.3%}, "
+        f"95% interval {low:.3%} to {high:.3%}, {len(study['members'])} seeds; "
+        f"training {study['train_seconds_mean']:.2f} s; ensemble {study['ensemble_accuracy']:.2%}"
+    )
+
+
+def main(arguments):
+    """Trains every seed, prints the statistics, writes study.json and seeds.png."""
+    name, rest = command_line.split_recipe(arguments)
+    default = Command(command_line.named_recipe(name))
+    command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
+    recipes = {name: command.recipe}
+    if command.versus is not None:
+        recipes[f"{command.versus} (other)"] = command_line.named_recipe(command.versus)
+    cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes.values())
+    runtime.configure(cpu_devices=command.devices or cores)
+
+    from mnist_flax.figures import plot_seeds, save_figure
+    from mnist_flax.workdir import write_json
+
+    workdir = command.workdir or Path("runs") / f"seeds-{name}"
+    workdir.mkdir(parents=True, exist_ok=True)
+    studies, accuracies = {}, {}
+    for label, recipe in recipes.items():
+        studies[label], accuracies[label] = run_seeds(recipe, command)
+    for label, study in studies.items():
+        print(describe(label, study))
+    summary: dict[str, Any] = {"studies": studies}
+    if command.versus is not None:
+        ours, theirs = accuracies.values()
+        summary["difference"] = float((ours - theirs).mean())
+        summary["p_value"] = float(stats.ttest_rel(ours, theirs).pvalue)
+        print(f"difference {summary['difference']:+.3%}, paired t-test p {summary['p_value']:.2g}")
+    write_json(workdir / "study.json", summary)
+    save_figure(plot_seeds(accuracies), workdir / "seeds.png")
+    print(f"written to {workdir}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
