@@ -27,6 +27,7 @@ class Command:
       recipe: the recipe's fields.
       workdir: the run's directory; by default a new one under runs/.
       resume: continue the run in workdir, by its own recipe.
+      strict: do not resume where the newest checkpoint is damaged.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       archives: a directory of four IDX archives to read the dataset from.
       stream: read training records as they are needed instead of holding them all.
@@ -36,6 +37,7 @@ class Command:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     workdir: Path | None = None
     resume: bool = False
+    strict: bool = False
     data_dir: Path | None = None
     archives: Path | None = None
     stream: bool = False
@@ -87,6 +89,7 @@ def main(arguments):
             splits,
             workdir=workdir,
             resume=command.resume,
+            strict=command.strict,
             mesh=mesh,
             interrupted=interrupts,
         )

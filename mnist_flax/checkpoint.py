@@ -1,10 +1,15 @@
-"""Checkpoints: everything that a run is, in one Orbax item, written asynchronously."""
+"""Checkpoints: everything that a run is, in one Orbax item, written asynchronously.
+
+Each holds a digest of its contents, so that what a disk or a stray write did to it is noticed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +18,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mnist_flax.errors import InputError
+from mnist_flax.errors import CheckpointError, InputError
 from mnist_flax.metrics import Metrics
 from mnist_flax.recipes import Recipe, differences, to_dict
 from mnist_flax.steps import TrainState
 from mnist_flax.stopping import EarlyStopping
 
 CHECKPOINT_DIR = "checkpoints"
+ITEM = "progress"
+# One to continue from, and one more for when that is damaged.
 KEEP_LATEST = 2
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,39 +60,117 @@ class _LatestAndBest:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
-        best = checkpoints[-1].metrics["best_step"] if checkpoints else None
+        best = (checkpoints[-1].metrics or {}).get("best_step") if checkpoints else None
         first_kept = len(checkpoints) - KEEP_LATEST
         return [index >= first_kept or c.step == best for index, c in enumerate(checkpoints)]
 
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: Path) -> Iterator[ocp.CheckpointManager]:
-    """Opens `workdir`/checkpoints; on leaving, waits until what was saved is on disk."""
+    """Opens `workdir`/checkpoints; on leaving, waits until what was saved is on disk.
+
+    Raises:
+      CheckpointError: on leaving, if what was saved last could not be written.
+    """
     options = ocp.CheckpointManagerOptions(preservation_policy=_LatestAndBest())
-    manager = ocp.CheckpointManager((workdir / CHECKPOINT_DIR).absolute(), options=options)
+    manager = ocp.CheckpointManager(
+        (workdir / CHECKPOINT_DIR).absolute(),
+        options=options,
+        # Named, or Orbax would guess from the newest directory, which may be damaged.
+        item_handlers={ITEM: ocp.PyTreeCheckpointHandler()},
+    )
     try:
         yield manager
-        manager.wait_until_finished()
     finally:
-        manager.close()
+        try:
+            wait(manager)
+        finally:
+            with contextlib.suppress(Exception):  # it waits, and raises, once more
+                manager.close()
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Waits until what was saved is on disk.
+
+    Raises:
+      CheckpointError: it could not be written.
+    """
+    with _one_error(manager):
+        manager.wait_until_finished()
 
 
 def save(manager: ocp.CheckpointManager, recipe: Recipe, progress: Progress) -> None:
-    """Saves a checkpoint under the state's step; returns once the arrays are copied."""
-    run = {
-        "recipe": to_dict(recipe),
-        "stopping": dataclasses.asdict(progress.stopping),
-        "history": progress.history,
-    }
-    item = {"arrays": _arrays(progress), "run": json.dumps(run)}
+    """Saves a checkpoint under the state's step; returns once the arrays are copied.
+
+    Raises:
+      CheckpointError: it, or the one before it, could not be written.
+    """
+    arrays = _arrays(progress)
+    run = json.dumps(
+        {
+            "recipe": to_dict(recipe),
+            "stopping": dataclasses.asdict(progress.stopping),
+            "history": progress.history,
+        }
+    )
+    item = {"arrays": arrays, "run": run, "digest": _digest(arrays, run)}
     best = {"best_step": progress.best_step}
-    manager.save(int(progress.state.step), args=ocp.args.PyTreeSave(item), metrics=best)
+    with _one_error(manager):
+        args = ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(item)})
+        manager.save(int(progress.state.step), args=args, metrics=best)
+
+
+@contextlib.contextmanager
+def _one_error(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns whatever Orbax and TensorStore raise for a failed write into one error."""
+    try:
+        yield
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise CheckpointError(
+            f"a checkpoint could not be written to {manager.directory}: {cause}; "
+            "make room or permit writing, then resume"
+        ) from error
+
+
+def newest_sound(
+    manager: ocp.CheckpointManager, recipe: Recipe, like: Progress, *, strict: bool
+) -> Progress | None:
+    """Restores the newest checkpoint that is whole, and so is the best one that it names.
+
+    Damaged ones are logged and deleted: the run will write them again, to the same bits.
+
+    Args:
+      manager: the run's checkpoints.
+      recipe: as in `restore`.
+      like: as in `restore`.
+      strict: refuse where the newest is damaged.
+
+    Returns:
+      The restored progress; None where no checkpoint is left.
+
+    Raises:
+      InputError: the checkpoint belongs to another recipe.
+      CheckpointError: the newest is damaged, and `strict` is set.
+    """
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            progress = restore(manager, recipe, like, step=step)
+            if progress.best_step not in (None, step):
+                restore(manager, recipe, like, step=progress.best_step)
+            return progress
+        except CheckpointError as error:
+            if strict:
+                raise
+            log.warning("%s; going back to the one before", error)
+            manager.delete(step)
+    return None
 
 
 def restore(
-    manager: ocp.CheckpointManager, recipe: Recipe, like: Progress, *, step: int | None = None
+    manager: ocp.CheckpointManager, recipe: Recipe, like: Progress, *, step: int
 ) -> Progress:
-    """Restores a checkpoint: the newest, or that of `step`.
+    """Restores the checkpoint of a step.
 
     Args:
       manager: the run's checkpoints.
@@ -92,23 +179,37 @@ def restore(
       step: the step to restore.
 
     Raises:
-      InputError: there is no checkpoint, or it belongs to another recipe.
+      InputError: the checkpoint belongs to another recipe.
+      CheckpointError: it is not there, or not what was saved.
     """
-    step = manager.latest_step() if step is None else step
-    if step is None:
-        raise InputError(f"there is no checkpoint in {manager.directory}; start the run anew")
-    run = json.loads(_restore(manager, step, {"run": ""})["run"])
-    if lines := differences(run["recipe"], to_dict(recipe)):
-        raise InputError(f"the checkpoint belongs to another recipe ({'; '.join(lines)})")
-    arrays = _restore(manager, step, {"arrays": _arrays(like)})["arrays"]
+    where = f"the checkpoint of step {step} in {manager.directory}"
+    run = _restore(manager, step, {"run": "", "digest": ""}, where)
+    try:
+        contents = json.loads(run["run"])
+        lines = differences(contents["recipe"], to_dict(recipe))
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{where} is damaged: its record cannot be read") from None
+    if lines:
+        raise InputError(f"{where} belongs to another recipe ({'; '.join(lines)})")
+    arrays = _restore(manager, step, {"arrays": _arrays(like)}, where)["arrays"]
+    if _digest(arrays, run["run"]) != run["digest"]:
+        raise CheckpointError(f"{where} is damaged: its digest is not that of its contents")
     arrays = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), arrays, _arrays(like))
     arrays["state"]["key"] = jax.random.wrap_key_data(arrays["state"]["key"])
     return Progress(
         state=dataclasses.replace(like.state, **arrays["state"]),
         metrics=arrays["metrics"],
-        stopping=EarlyStopping(**run["stopping"]),
-        history=tuple(run["history"]),
+        stopping=EarlyStopping(**contents["stopping"]),
+        history=tuple(contents["history"]),
     )
+
+
+def _digest(arrays: Any, run: str) -> str:
+    """Returns the SHA-256 of a checkpoint's arrays and record."""
+    sha = hashlib.sha256(run.encode())
+    for array in jax.tree.leaves(arrays):
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
 
 
 def _arrays(progress: Progress) -> dict[str, Any]:
@@ -122,8 +223,14 @@ def _arrays(progress: Progress) -> dict[str, Any]:
     return {"state": state, "metrics": progress.metrics}
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, like: dict[str, Any]) -> dict[str, Any]:
-    """Restores part of an item as numpy arrays and strings."""
+def _restore(
+    manager: ocp.CheckpointManager, step: int, like: dict[str, Any], where: str
+) -> dict[str, Any]:
+    """Restores part of an item as numpy arrays and strings.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
 
     def how(leaf):
         return ocp.RestoreArgs(restore_type=str if isinstance(leaf, str) else np.ndarray)
@@ -131,4 +238,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: dict[str, Any]) ->
     args = ocp.args.PyTreeRestore(
         item=like, restore_args=jax.tree.map(how, like), partial_restore=True
     )
-    return dict(manager.restore(step, args=args))
+    try:
+        return dict(manager.restore(step, args=ocp.args.Composite(**{ITEM: args}))[ITEM])
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+        raise CheckpointError(f"{where} is damaged: {type(error).__name__}") from error

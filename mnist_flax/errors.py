@@ -19,6 +19,13 @@ class DivergedError(FloatingPointError):
     """
 
 
+class CheckpointError(OSError):
+    """A checkpoint is damaged, or cannot be written.
+
+    The experiment scripts print the message and exit with status 2.
+    """
+
+
 class Interrupted(Exception):
     """Training was asked to stop in the middle of an epoch and did, after the step in flight.
 

@@ -483,6 +483,7 @@ def fit(
     *,
     workdir: str | Path | None = None,
     resume: bool = False,
+    strict: bool = False,
     mesh: Mesh | None = None,
     progress: bool = True,
     interrupted: Callable[[], bool] = never,
@@ -493,7 +494,9 @@ def fit(
       recipe: what to train, and how.
       splits: the data; the test split is not touched.
       workdir: where checkpoints, metrics.jsonl and TensorBoard events go; None keeps nothing.
-      resume: continue the run in `workdir` instead of starting one.
+      resume: continue the run in `workdir` instead of starting one, from the newest checkpoint
+        that is not damaged.
+      strict: refuse to resume where the newest checkpoint is damaged.
       mesh: as in `epochs`.
       progress: whether to draw progress bars.
       interrupted: asked now and then; once it returns True a checkpoint is written, within an
@@ -503,6 +506,7 @@ def fit(
       InputError: the recipe cannot train on these splits or devices; `workdir` holds a run and
         `resume` is not set, or holds none, or another recipe's, and it is; nothing was written.
       DivergedError: a loss or a parameter is not finite; the last checkpoint stays.
+      CheckpointError: a checkpoint cannot be written, or is damaged and `strict` is set.
       Interrupted: `interrupted()` became true.
     """
     if workdir is None:
@@ -529,8 +533,8 @@ def fit(
     )
     with claim(workdir, resume=resume), checkpoint.open_checkpoints(workdir) as manager:
         now = fresh
-        if manager.latest_step() is not None:
-            now = checkpoint.restore(manager, recipe, fresh)
+        if resume:
+            now = checkpoint.newest_sound(manager, recipe, fresh, strict=strict) or fresh
         write_json(workdir / RECIPE_FILE, to_dict(recipe))
         with contextlib.closing(MetricsLog(workdir, now.history)) as log:
             results = epochs(
@@ -557,11 +561,10 @@ def fit(
             except DivergedError as error:
                 kept = manager.latest_step()
                 raise DivergedError(f"{error}; the checkpoint of step {kept} is kept") from error
-        last = int(now.state.step)
-        best = now if now.best_step in (None, last) else None
-        if best is None:
-            manager.wait_until_finished()
-            best = checkpoint.restore(manager, recipe, fresh, step=now.best_step)
+        best = now
+        if (step := now.best_step) not in (None, int(now.state.step)):
+            checkpoint.wait(manager)
+            best = checkpoint.restore(manager, recipe, fresh, step=step)
     return FitResult(
         state=best.state,
         history=now.history,

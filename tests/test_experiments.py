@@ -122,6 +122,16 @@ def test_seeds_reports_the_mean_of_what_it_trained(data_dir, tmp_path):
 
 
 @pytest.mark.usefixtures("splits")
+def test_killed_runs_end_with_the_same_bits(data_dir, tmp_path):
+    """The short form; experiments/torture.py alone kills a hundred, during preparation too."""
+    words = [sys.executable, str(ROOT / "experiments" / "torture.py"), "--kills", "5"]
+    words += ["--data-dir", str(data_dir), "--scenarios", "early stopping", "--no-prepare"]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.splitlines()[-1] == "5/5 recovered"
+
+
+@pytest.mark.usefixtures("splits")
 def test_benchmark_times_our_steps_without_peers(data_dir, tmp_path):
     script = str(ROOT / "experiments" / "benchmark.py")
     words = [sys.executable, script, "--sections", "steps", "--rounds", "1", "--batch-size", "16"]

@@ -13,7 +13,7 @@ from mnist_flax import checkpoint
 from mnist_flax.data import Examples, Splits, load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluate import evaluate, predict
-from mnist_flax.fit import data_mesh, epochs, fit, initial_state
+from mnist_flax.fit import data_mesh, epochs, fit
 from mnist_flax.model import CNNConfig
 from mnist_flax.optimizer import make_schedule
 from mnist_flax.recipes import (
@@ -188,21 +188,6 @@ def test_bad_input_is_refused_before_anything_is_written(small, whole, tmp_path)
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match="devices is 99"):
         data_mesh(99)
-
-
-def test_a_checkpoint_of_another_recipe_is_refused(whole, small):
-    other = dataclasses.replace(RECIPE, epochs=4)
-    state = initial_state(other, small.info, steps=24, mesh=data_mesh())
-    like = checkpoint.Progress(state, whole_metrics(), checkpoint.EarlyStopping())
-    with (
-        checkpoint.open_checkpoints(whole[1]) as manager,
-        pytest.raises(InputError, match="epochs: 3 -> 4"),
-    ):
-        checkpoint.restore(manager, other, like)
-
-
-def whole_metrics():
-    return checkpoint.Metrics.zero()
 
 
 def test_the_latest_and_the_best_checkpoints_are_kept(whole):
