@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PEERS := torch==2.13.0 torchvision==0.28.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench determinism clean
 
 train: .venv/installed
 	$(BIN)/python experiments/train.py
@@ -15,6 +15,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+determinism: .venv/installed
+	$(BIN)/python experiments/determinism.py
 
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python experiments/benchmark.py --peers .venv-peers/bin/python

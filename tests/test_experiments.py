@@ -1,5 +1,6 @@
 """experiments/train.py as its user runs it: real processes, real signals, real files."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -10,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given, settings
 from PIL import Image
 
 from mnist_flax import command_line
@@ -70,11 +73,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_resumes(data_dir, tmp_path):
         command(*long, data_dir=data_dir), stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: metrics.exists() and metrics.read_text(), process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
@@ -92,15 +91,42 @@ def test_sigterm_writes_a_checkpoint_and_the_run_resumes(data_dir, tmp_path):
         text=True,
         cwd=tmp_path,
     )
-    while len(metrics.read_text().splitlines()) < done + 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: len(metrics.read_text().splitlines()) >= done + 2, process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("splits")
+def test_one_process_holds_a_run_and_a_second_signal_ends_it_at_once(data_dir, tmp_path):
+    long = [*SMALL, "--epochs", "400", "--workdir", str(tmp_path / "run")]
+    words = command(*long, data_dir=data_dir)
+    first = subprocess.Popen(words, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text(), first)
+    refused = train(*long, "--resume", data_dir=data_dir, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "another process is using" in refused.stderr
+    first.kill()
+    first.wait()
+    done = len(metrics.read_text().splitlines())
+    second = subprocess.Popen([*words, "--resume"], stderr=subprocess.DEVNULL, cwd=tmp_path)
+    wait_for(lambda: len(metrics.read_text().splitlines()) > done + 1, second)
+    for _ in range(2):
+        second.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    # By the signal itself, or, where the step in flight was quicker, in an orderly way.
+    assert second.wait(timeout=20) in (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 @pytest.mark.usefixtures("splits")
@@ -183,6 +209,49 @@ def test_the_command_line_refuses_in_one_line(arguments, message):
         command_line.parse(Recipe, arguments, default=RECIPES["default"], description="")
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+FIELDS = sorted(to_dict(RECIPES["seed"]))
+
+
+@settings(deadline=None, max_examples=200)
+@given(field=st.sampled_from(FIELDS), value=JSON, inner=st.text(max_size=12))
+def test_any_recipe_file_is_a_recipe_or_an_input_error(field, value, inner):
+    values = to_dict(RECIPES["seed"])
+    if isinstance(values[field], dict) and inner in values[field]:
+        values[field] = values[field] | {inner: value}
+    else:
+        values[field] = value
+    with contextlib.suppress(InputError):
+        assert isinstance(from_dict(values), Recipe)
+
+
+WORDS = st.sampled_from(
+    ["--epochs", "--seed", "--model.widths", "--optimizer.name", "--recipe", "--augment.rotate"]
+) | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(WORDS, max_size=5))
+def test_any_command_line_is_a_recipe_or_an_input_error(words):
+    status, refusal = 0, ""
+    try:
+        name, rest = command_line.split_recipe(words)
+        default = command_line.named_recipe(name)
+        recipe = command_line.parse(Recipe, rest, default=default, description="")
+    except InputError as error:
+        refusal = str(error)
+    except SystemExit as stop:
+        status = stop.code
+    else:
+        assert isinstance(recipe, Recipe)
+    assert not status
+    assert "\n" not in refusal
 
 
 def test_options_override_the_named_recipe():

@@ -1,0 +1,79 @@
+"""Run one recipe in several processes, with other threads and processors, to one digest.
+
+    make determinism
+    python experiments/determinism.py --data-dir DIR
+
+Each line is a run in a process of its own. To expect: one digest for all runs on two devices,
+whatever the processors; one for all runs on one device, of as many processors. Takes a minute.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mnist_flax import command_line
+
+TRAIN = Path(__file__).parent / "train.py"
+SMALL = ["--recipe", "quick", "--val-size", "50000", "--augment.rotate", "10"]
+ONE = {0}
+# Name, devices, processors (None: all), whether streamed, and the group that must agree.
+RUNS = [
+    ("two devices", 2, None, False, "two devices"),
+    ("two devices, again", 2, None, False, "two devices"),
+    ("two devices, on one processor", 2, ONE, False, "two devices"),
+    ("two devices, streamed", 2, None, True, "two devices"),
+    ("one device", 1, None, False, "one device"),
+    ("one device, again", 1, None, False, "one device"),
+    # XLA divides one device's sums among the processors that there are.
+    ("one device, on one processor", 1, ONE, False, "one device and processor"),
+    ("one device, on one processor, again", 1, ONE, False, "one device and processor"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Options of the script.
+
+    Attributes:
+      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    """
+
+    data_dir: Path | None = None
+
+
+def digest(workdir: Path, arguments: list[str], processors: set[int] | None) -> str:
+    """Returns the digest of a run's final parameters and statistics."""
+
+    def restrict():
+        if processors is not None:
+            os.sched_setaffinity(0, processors)
+
+    words = [sys.executable, str(TRAIN), *SMALL, "--workdir", str(workdir), *arguments]
+    run = subprocess.run(words, check=False, capture_output=True, text=True, preexec_fn=restrict)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return json.loads((workdir / "result.json").read_text())["digest"]
+
+
+def main(arguments):
+    """Prints each run's digest; fails where two of a group differ."""
+    command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
+    digests: dict[str, set[str]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name, devices, processors, stream, group in RUNS:
+            extra = ["--devices", str(devices), *(["--stream"] if stream else [])]
+            extra += ["--data-dir", str(command.data_dir)] if command.data_dir else []
+            found = digest(Path(directory) / name, extra, processors)
+            digests.setdefault(group, set()).add(found)
+            print(f"{found[:16]}  {name}", flush=True)
+    same = all(len(found) == 1 for found in digests.values())
+    print("the same bits" if same else "THE BITS DIFFER")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    command_line.run(main)
