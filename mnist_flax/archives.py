@@ -14,6 +14,7 @@ import functools
 import gzip
 import hashlib
 import io
+import json
 import math
 import os
 import shutil
@@ -37,6 +38,9 @@ VERSION = "3.0.1"
 BUNDLED = Path(__file__).with_name("archives")
 """The directory of the four MNIST archives that come with this package."""
 
+LABEL_VOTES = BUNDLED / "mnist_test_label_votes.json"
+"""Five people's votes on each of the 100 MNIST test labels that confident learning doubted."""
+
 _IMAGE_SHAPE = (28, 28)
 _NUM_CLASSES = 10
 
@@ -51,6 +55,16 @@ class Archives(NamedTuple):
     train_labels: Path
     test_images: Path
     test_labels: Path
+
+
+def disputed_test_labels() -> list[int]:
+    """Returns the MNIST test images whose label fewer than three of five people supported.
+
+    Indices in the order of the archives. The votes are from the repository cleanlab/label-errors,
+    `mturk/mnist_mturk.json` (Northcutt, Athalye and Mueller 2021, arXiv 2103.14749).
+    """
+    rows = json.loads(LABEL_VOTES.read_text())["rows"]
+    return [index for index, _given, _suggested, for_given, *_others in rows if for_given < 3]
 
 
 FILE_NAMES = (

@@ -268,6 +268,114 @@ def plot_seeds(accuracies: Mapping[str, ArrayLike]) -> Figure:
     return figure
 
 
+def plot_reliability(
+    *, edges: ArrayLike, confidence: ArrayLike, accuracy: ArrayLike, counts: ArrayLike, title: str
+) -> Figure:
+    """Draw accuracy against confidence by bin, above a histogram of the confidence.
+
+    Args:
+        edges: [B + 1] Limits of the bins of confidence, from 0 to 1.
+        confidence: [B] Mean confidence; NaN where a bin is empty.
+        accuracy: [B] Share of right predictions; NaN where a bin is empty.
+        counts: [B] Examples.
+        title: The heading.
+    """
+    edges = np.asarray(edges)
+    figure = Figure(figsize=(4.5, 4.8), layout="constrained")
+    upper, lower = figure.subplots(2, height_ratios=(3, 1), sharex=True)
+    upper.plot([0, 1], [0, 1], color=_GREY, linestyle=":")
+    upper.plot(confidence, accuracy, "o-", color=_BLUE)
+    upper.set(ylabel="accuracy", title=title, ylim=(-0.02, 1.02))
+    lower.bar(edges[:-1], counts, np.diff(edges), align="edge", color=_BLUE, alpha=0.6)
+    lower.set(xlabel="confidence", ylabel="examples", yscale="symlog")
+    return figure
+
+
+def plot_lines(
+    lines: Mapping[str, tuple[ArrayLike, ArrayLike]], *, xlabel: str, ylabel: str, title: str = ""
+) -> Figure:
+    """Draw named curves.
+
+    Args:
+        lines: Name to the curve's x and y, [P] each.
+        xlabel: What x is.
+        ylabel: What y is.
+        title: The heading.
+    """
+    figure = Figure(figsize=(4.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y) in lines.items():
+        x = np.asarray(x)
+        axes.plot(x, np.asarray(y), marker="o" if len(x) < 20 else "", label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if len(lines) > 1:
+        axes.legend(fontsize=_POINTS)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_maps(*, images_NHWC: ArrayLike, maps_NHW: ArrayLike, titles: Sequence[str]) -> Figure:
+    """Draw images, each above a map of what it is that a network looks at.
+
+    Args:
+        images_NHWC: [N, H, W, C] Images.
+        maps_NHW: [N, H, W] Maps; each is scaled to its own largest magnitude.
+        titles: N headings.
+    """
+    images, maps = np.asarray(images_NHWC), np.asarray(maps_NHW)
+    figure = Figure(figsize=(1.1 * len(images), 2.6), layout="constrained")
+    grid = figure.subplots(2, len(images), squeeze=False)
+    for upper, lower, image, map_HW, title in zip(*grid, images, maps, titles, strict=True):
+        _show(upper, image)
+        limit = max(np.abs(map_HW).max(), 1e-12)
+        lower.imshow(map_HW, cmap="RdBu", vmin=-limit, vmax=limit)
+        lower.set(xticks=[], yticks=[])
+        upper.set_title(title, fontsize=_POINTS)
+    return figure
+
+
+def plot_filters(filters_NHW: ArrayLike, *, title: str) -> Figure:
+    """Draw the kernels of a layer, red negative and blue positive.
+
+    Args:
+        filters_NHW: [N, H, W] Kernels, one for each output channel.
+        title: The heading.
+    """
+    filters = np.asarray(filters_NHW)
+    columns = min(12, len(filters))
+    rows = -(-len(filters) // columns)
+    figure = Figure(figsize=(0.6 * columns, 0.6 * rows + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=_POINTS)
+    limit = np.abs(filters).max()
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, kernel in zip(figure.axes, filters, strict=False):
+        axes.imshow(kernel, cmap="RdBu", vmin=-limit, vmax=limit)
+    return figure
+
+
+def plot_embedding(
+    *, points_N2: ArrayLike, labels: ArrayLike, class_names: Sequence[str]
+) -> Figure:
+    """Draw examples as points in the plane, by class.
+
+    Args:
+        points_N2: [N, 2] Places.
+        labels: [N] Classes, from 0 to K - 1.
+        class_names: K names.
+    """
+    points, labels = np.asarray(points_N2), np.asarray(labels)
+    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, name in enumerate(class_names):
+        chosen = labels == label
+        color = colormaps["tab10"](label % 10)
+        axes.plot(*points[chosen].T, ".", ms=2, alpha=0.5, color=color, label=name)
+    axes.legend(markerscale=5, fontsize=_POINTS, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(xticks=[], yticks=[])
+    return figure
+
+
 def _count(number: int, noun: str) -> str:
     """Format "0 errors", "1 error", "1,234 errors"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

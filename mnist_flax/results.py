@@ -1,9 +1,11 @@
-"""What a finished run leaves for its reader: result.json and the pictures."""
+"""What a finished run leaves for its reader: result.json and the pictures; and reading it."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnist_flax import figures
+from mnist_flax import checkpoint, figures
 from mnist_flax.data import DatasetInfo, Examples
+from mnist_flax.errors import InputError
 from mnist_flax.evaluate import Evaluation
-from mnist_flax.fit import FitResult
-from mnist_flax.recipes import Recipe, to_dict
+from mnist_flax.fit import FitResult, data_mesh, initial_state
+from mnist_flax.metrics import Metrics
+from mnist_flax.recipes import Recipe, from_dict, to_dict
 from mnist_flax.steps import TrainState
+from mnist_flax.stopping import EarlyStopping
 from mnist_flax.workdir import write_json
+
+RESULT_FILE = "result.json"
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -67,7 +74,7 @@ def summarize(
         },
         "recipe": to_dict(recipe),
         "seed": recipe.seed,
-        "dataset": {"name": info.name, "version": info.version, "fingerprint": info.fingerprint},
+        "dataset": dataclasses.asdict(info),
         "device": {
             "platform": jax.default_backend(),
             "kind": jax.devices()[0].device_kind,
@@ -125,5 +132,55 @@ def write_results(
     summary = summarize(
         recipe, info, result, test=test, data_seconds=data_seconds, test_seconds=test_seconds
     )
-    write_json(workdir / "result.json", summary)
+    write_json(workdir / RESULT_FILE, summary)
     return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run, as read from its directory.
+
+    Attributes:
+      workdir: the directory.
+      recipe: its recipe.
+      info: what its dataset is; the dataset itself need not be there.
+      state: its best epoch's state, or the last one's where there was no validation; one device's.
+      result: the contents of result.json.
+    """
+
+    workdir: Path
+    recipe: Recipe
+    info: DatasetInfo
+    state: TrainState
+    result: dict[str, Any]
+
+
+def load_run(workdir: Path) -> Run:
+    """Reads a finished run.
+
+    Raises:
+      InputError: there is none in `workdir`.
+      CheckpointError: its checkpoint is damaged.
+    """
+    path = workdir / RESULT_FILE
+    if not path.exists():
+        raise InputError(f"there is no finished run in {workdir}: it has no {RESULT_FILE}")
+    try:
+        result = json.loads(path.read_text())
+        recipe = from_dict(result["recipe"])
+        dataset = result["dataset"]
+        for name in ("class_names", "image_shape"):
+            dataset[name] = tuple(dataset[name])
+        info = DatasetInfo(**dataset)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: {error!r}") from None
+    state = initial_state(recipe, info, steps=1, mesh=data_mesh(1))
+    like = checkpoint.Progress(state, Metrics.zero(), EarlyStopping())
+    with checkpoint.open_checkpoints(workdir) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(f"there is no checkpoint in {workdir}")
+        progress = checkpoint.restore(manager, recipe, like, step=step)
+        if progress.best_step not in (None, step):
+            progress = checkpoint.restore(manager, recipe, like, step=progress.best_step)
+    return Run(workdir, recipe, info, progress.state, result)

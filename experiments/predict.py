@@ -1,0 +1,111 @@
+"""Read the digit on each of some pictures: photographs, scans, drawings.
+
+    python experiments/predict.py runs/default-seed0 digit.png photo.jpg
+
+Prints a line a picture: the digit, its probability, and the runner-up. `--line` reads several
+digits in a row; `--show out.png` draws what was made of the pictures; `--json` prints JSON.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from mnist_flax import command_line, runtime
+from mnist_flax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Options of the script.
+
+    Attributes:
+      paths: a run directory, then pictures.
+      line: read several digits on one line, in order.
+      show: a PNG file to draw what the network saw into.
+      json: print JSON instead of text.
+    """
+
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    line: bool = False
+    show: Path | None = None
+    json: bool = False
+
+
+def read(path: Path, *, line: bool) -> list[Any]:
+    """Returns the digits of a picture."""
+    from mnist_flax import digits
+
+    ink = digits.read_picture(path)
+    return digits.find_digits(ink) if line else [digits.find_digit(ink)]
+
+
+def answer(probabilities_K, names) -> dict[str, Any]:
+    """Returns a digit, its probability and the runner-up's, as JSON."""
+    second, first = probabilities_K.argsort()[-2:]
+    return {
+        "label": names[first],
+        "probability": float(probabilities_K[first]),
+        "runner_up": names[second],
+        "runner_up_probability": float(probabilities_K[second]),
+    }
+
+
+def main(arguments):
+    """Reads the pictures and prints the answers; status 1 where one has no digit."""
+    command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
+    if len(command.paths) < 2:
+        raise InputError("name a run directory and at least one picture; see --help")
+    runtime.configure()
+
+    import numpy as np
+
+    from mnist_flax.evaluate import Evaluation, predict
+    from mnist_flax.figures import plot_predictions, save_figure
+    from mnist_flax.results import load_run
+
+    run = load_run(command.paths[0])
+    names = run.info.class_names
+    images, probabilities, answers = [], [], []
+    for path in command.paths[1:]:
+        try:
+            found = np.stack([digit.image_HWC for digit in read(path, line=command.line)])
+        except InputError as error:
+            answers.append({"picture": str(path), "error": str(error)})
+            continue
+        logits_NK = predict(run.state, found)
+        evaluation = Evaluation(logits_NK, np.zeros(len(found), np.int32))
+        images.append(found)
+        probabilities.append(evaluation.probabilities_NK)
+        digits = [answer(row, names) for row in evaluation.probabilities_NK]
+        answers.append({"picture": str(path), "digits": digits})
+    if command.show is not None and images:
+        shown = np.concatenate(probabilities)
+        figure = plot_predictions(
+            images_NHWC=np.concatenate(images),
+            labels=shown.argmax(axis=-1),
+            probabilities_NK=shown,
+            class_names=names,
+            columns=min(8, len(shown)),
+            rows=-(-len(shown) // 8),
+        )
+        save_figure(figure, command.show)
+    if command.json:
+        print(json.dumps(answers, indent=2))
+    for entry in [] if command.json else answers:
+        if "error" in entry:
+            print(f"{entry['picture']}: {entry['error']}", file=sys.stderr)
+            continue
+        for digit in entry["digits"]:
+            print(
+                f"{entry['picture']}: {digit['label']} ({digit['probability']:.1%}), "
+                f"or {digit['runner_up']} ({digit['runner_up_probability']:.1%})"
+            )
+    return int(any("error" in entry for entry in answers))
+
+
+if __name__ == "__main__":
+    command_line.run(main)
