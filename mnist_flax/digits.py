@@ -93,6 +93,9 @@ def find_ink(grey_HW: np.ndarray) -> np.ndarray:
     coarse = ndimage.zoom(ndimage.gaussian_filter(dark, step / 2), 1 / step, order=1)
     size = max(3, round(0.3 * min(coarse.shape)))
     coarse = ndimage.gaussian_filter(ndimage.grey_opening(coarse, size), size / 4, mode="nearest")
+    paper = np.median(np.concatenate([coarse[[0, -1]].ravel(), coarse[:, [0, -1]].ravel()]))
+    if coarse.max() - paper > 0.7 * (np.percentile(dark, 99.5) - paper):
+        coarse[:] = paper  # as dark as the writing: a blot, not a shadow
     factors = [n / m for n, m in zip(dark.shape, coarse.shape, strict=True)]
     even = dark - ndimage.zoom(coarse, factors, order=1)
     sigma = max(0.5, max(grey_HW.shape) / 300)

@@ -15,9 +15,11 @@ Times are the best of many on two cores of a Sapphire Rapids Xeon, jax 0.10.2, f
 device a core, for the convolution of 128 images of 26x26x32 to 24x24x64.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -149,8 +151,21 @@ def relu_norm_pool(
     return _reduce_max(y_BHWC, window), mean_C, var_C
 
 
+_PLAIN = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Within it every function is traced as plain `lax`, on the CPU too: for exported programs."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
 def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" and not _PLAIN.get()
 
 
 # Convolution

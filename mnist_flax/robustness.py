@@ -68,9 +68,10 @@ def occlude(images_NHWC: jax.Array, side: int) -> jax.Array:
     N, H, W, _ = images_NHWC.shape
     limits = jnp.array([[H - side - 4], [W - side - 4]])
     corners_2N = jax.random.randint(jax.random.key(SEED), (2, N), 4, jnp.maximum(limits, 5))
-    rows, columns = jnp.arange(H), jnp.arange(W)
-    in_rows = (rows >= corners_2N[0, :, None]) & (rows < corners_2N[0, :, None] + side)
-    in_columns = (columns >= corners_2N[1, :, None]) & (columns < corners_2N[1, :, None] + side)
+    top_N1, left_N1 = corners_2N[..., None]
+    rows_1H, columns_1W = jnp.arange(H)[None], jnp.arange(W)[None]
+    in_rows = (rows_1H >= top_N1) & (rows_1H < top_N1 + side)
+    in_columns = (columns_1W >= left_N1) & (columns_1W < left_N1 + side)
     hidden_NHW = in_rows[:, :, None] & in_columns[:, None, :]
     return jnp.where(hidden_NHW[..., None], 0, images_NHWC)
 

@@ -1,0 +1,73 @@
+"""A trained network as a file that runs without this package: StableHLO and ONNX.
+
+Both take images [B, H, W, C], float32 in [0, 1], of any batch size B, and return logits [B, K].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from mnist_flax import ops
+from mnist_flax.errors import InputError
+from mnist_flax.steps import TrainState, eval_logits
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def inference(state: TrainState) -> Callable[[jax.Array], jax.Array]:
+    """Returns `infer(images_BHWC) -> logits_BK`, of plain operations; parameters are constants."""
+
+    def infer(images_BHWC):
+        with ops.plain():
+            return eval_logits(state, images_BHWC)
+
+    return infer
+
+
+def to_stablehlo(state: TrainState, *, image_shape: tuple[int, int, int]) -> bytes:
+    """Returns the network as a serialized `jax.export.Exported`, for CPU, CUDA and TPU."""
+    (batch,) = jax.export.symbolic_shape("B")
+    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
+    exported = jax.export.export(jax.jit(inference(state)), platforms=PLATFORMS)(images)
+    return exported.serialize()
+
+
+def to_onnx(
+    state: TrainState, *, image_shape: tuple[int, int, int], class_names: tuple[str, ...]
+) -> bytes:
+    """Returns the network as an ONNX model, with the class names as JSON in its metadata.
+
+    Raises:
+      InputError: the converter is not installed.
+    """
+    try:
+        import jax2onnx
+    except ImportError:
+        raise InputError(
+            "ONNX needs the package jax2onnx: pip install 'mnist_flax[export]'"
+        ) from None
+    model = jax2onnx.to_onnx(
+        inference(state), [("B", *image_shape)], model_name="mnist_flax", return_mode="proto"
+    )
+    model.graph.input[0].name, renamed = "images", model.graph.input[0].name
+    for node in model.graph.node:
+        node.input[:] = ["images" if name == renamed else name for name in node.input]
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "class_names", json.dumps(class_names)
+    return model.SerializeToString()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

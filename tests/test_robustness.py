@@ -1,0 +1,64 @@
+"""Corruptions: deterministic, in range, and what they say they are."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import ndimage
+
+from mnist_flax import robustness
+from mnist_flax.steps import to_float
+
+
+@pytest.fixture(scope="module")
+def images(splits):
+    return to_float(splits.test.images[:20])
+
+
+@pytest.mark.parametrize("corruption", robustness.CORRUPTIONS, ids=lambda c: c.name.split(" (")[0])
+def test_corruptions_are_deterministic_and_neutral_where_they_say(corruption, images):
+    assert list(corruption.severities) == sorted(corruption.severities)
+    assert corruption.neutral in corruption.severities
+    for severity in corruption.severities:
+        one, two = (np.asarray(corruption.apply(images, severity)) for _ in range(2))
+        assert_array_equal(one, two)
+        assert one.shape == images.shape
+        assert one.dtype == np.float32
+        assert one.min() >= 0
+        assert one.max() <= 1 + 1e-6
+        changed = np.abs(one - images).max()
+        assert (changed < 1e-6) == (severity == corruption.neutral)
+
+
+def test_rotation_is_scipys(images):
+    ours = robustness.rotate(images, 30)[:, :, :, 0]
+    for mine, image in zip(ours, images[..., 0], strict=True):
+        options = {"reshape": False, "order": 1, "mode": "grid-constant"}
+        rotated = [ndimage.rotate(image, degrees, **options) for degrees in (30, -30)]
+        assert min(np.abs(mine - theirs).max() for theirs in rotated) < 1e-4
+
+
+def test_a_shift_of_whole_pixels_moves_the_pixels(images):
+    assert_allclose(robustness.shift(images, 3)[:, :-3, :-3], images[:, 3:, 3:], rtol=0, atol=1e-5)
+
+
+def test_zoom_makes_larger():
+    image = jnp.zeros((1, 28, 28, 1)).at[:, 12:16, 12:16].set(1.0)
+    area = [float(robustness.zoom(image, factor).sum()) for factor in (0.5, 1, 2)]
+    assert_allclose(area, [4, 16, 64], rtol=0.1)
+
+
+def test_occlusion_hides_a_square_in_the_middle():
+    hidden = 1 - robustness.occlude(jnp.ones((50, 28, 28, 1)), 6)
+    assert_array_equal(hidden.sum((1, 2, 3)), np.full(50, 36))
+    rows, columns = np.nonzero(np.asarray(hidden).any((0, 3)))
+    assert rows.min() >= 4
+    assert columns.min() >= 4
+    assert rows.max() < 24
+    assert columns.max() < 24
+    assert len({tuple(np.argwhere(image)[0]) for image in np.asarray(hidden[..., 0])}) > 10
+
+
+def test_noise_has_its_deviation():
+    grey = jnp.full((20, 28, 28, 1), 0.5)
+    assert float((robustness.noise(grey, 0.1) - grey).std()) == pytest.approx(0.1, rel=0.02)
