@@ -6,6 +6,7 @@ Both take images [B, H, W, C], float32 in [0, 1], of any batch size B, and retur
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from mnist_flax import ops
 from mnist_flax.errors import InputError
-from mnist_flax.steps import TrainState, eval_logits
+from mnist_flax.steps import TrainState, to_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -24,8 +25,9 @@ def inference(state: TrainState) -> Callable[[jax.Array], jax.Array]:
     """Returns `infer(images_BHWC) -> logits_BK`, of plain operations; parameters are constants."""
 
     def infer(images_BHWC):
+        model = to_model(state)
         with ops.plain():
-            return eval_logits(state, images_BHWC)
+            return model.head(model.features(images_BHWC))  # the converter knows no keyed Dropout
 
     return infer
 
@@ -52,9 +54,13 @@ def to_onnx(
         raise InputError(
             "ONNX needs the package jax2onnx: pip install 'mnist_flax[export]'"
         ) from None
-    model = jax2onnx.to_onnx(
-        inference(state), [("B", *image_shape)], model_name="mnist_flax", return_mode="proto"
-    )
+    logging.disable(logging.WARNING)  # the converter's own, of shapes that it can do without
+    try:
+        model = jax2onnx.to_onnx(
+            inference(state), [("B", *image_shape)], model_name="mnist_flax", return_mode="proto"
+        )
+    finally:
+        logging.disable(logging.NOTSET)
     model.graph.input[0].name, renamed = "images", model.graph.input[0].name
     for node in model.graph.node:
         node.input[:] = ["images" if name == renamed else name for name in node.input]

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -280,8 +281,7 @@ def _divisor(n: int, *, at_most: int) -> int:
 
 
 def _reduce_max(x_BHWC, window):
-    shape = (1, window, window, 1)
-    return lax.reduce_window(x_BHWC, -jnp.inf, lax.max, shape, shape, "VALID")
+    return nnx.max_pool(x_BHWC, window_shape=(window, window), strides=(window, window))
 
 
 def _pool(x_BHWC, window):
