@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PEERS := torch==2.13.0 torchvision==0.28.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
 
-.PHONY: train test lint bench determinism clean
+.PHONY: train test lint bench determinism demo clean
 
 train: .venv/installed
 	$(BIN)/python experiments/train.py
@@ -15,6 +15,11 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+demo: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	test -e runs/demo/result.json || $(BIN)/python experiments/train.py --workdir runs/demo
+	$(BIN)/python experiments/demo.py runs/demo
 
 determinism: .venv/installed
 	$(BIN)/python experiments/determinism.py

@@ -66,6 +66,77 @@ assert "tensorflow_datasets" not in sys.modules
             assert min(picture.size) > 300
 
 
+@pytest.fixture(scope="module")
+def finished(splits, data_dir, tmp_path_factory):
+    """The directory of a finished run of two epochs."""
+    directory = tmp_path_factory.mktemp("finished")
+    run = train(*SMALL, "--workdir", "run", data_dir=data_dir, cwd=directory)
+    assert run.returncode == 0, run.stderr
+    return directory / "run"
+
+
+def experiment(name, *arguments, cwd):
+    words = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_report_is_one_page_with_the_runs_numbers(finished, data_dir, tmp_path):
+    run = experiment(
+        "report", finished, "--data-dir", data_dir, "--out", tmp_path / "report", cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    (numbers,) = json.loads((tmp_path / "report" / "report.json").read_text())
+    result = json.loads((finished / "result.json").read_text())
+    assert numbers["correct"] == result["test_correct"]
+    assert sum(map(sum, numbers["confusion"])) == 10_000
+    assert numbers["label_noise"]["disputed"] == 15
+    assert numbers["calibration_scaled"]["loss"] <= numbers["calibration"]["loss"] + 1e-3
+    for name, values in numbers["robustness"].items():
+        assert max(values["accuracies"]) <= numbers["accuracy"] + 0.02, name
+    assert numbers["worst_case"] < numbers["accuracy"]
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert f"{result['test_accuracy']:.2%}" in page
+    assert page.count("<img") == page.count("data:image/png;base64,") > 10
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_predict_reads_pictures_and_refuses_what_is_none(finished, splits, tmp_path):
+    chosen = [int(i) for i in (splits.test.labels == 1).nonzero()[0][:1]]
+    for index in chosen:
+        digit = Image.fromarray(255 - splits.test.images[index, :, :, 0])
+        digit.resize((280, 280)).save(tmp_path / "digit.png")
+    Image.new("L", (200, 200), 255).save(tmp_path / "blank.png")
+    words = [finished, tmp_path / "digit.png", "--json", "--show", tmp_path / "shown.png"]
+    run = experiment("predict", *words, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    ((answer,),) = [entry["digits"] for entry in json.loads(run.stdout)]
+    assert 0.1 <= answer["probability"] <= 1
+    assert answer["label"] != answer["runner_up"]
+    assert (tmp_path / "shown.png").exists()
+    run = experiment("predict", finished, tmp_path / "blank.png", cwd=tmp_path)
+    assert run.returncode == 1
+    assert "blank" in run.stderr
+    assert run.stdout == ""
+
+
+def test_export_checks_both_files_on_the_whole_test_split(finished, data_dir, tmp_path):
+    words = [finished, "--data-dir", data_dir, "--out", tmp_path / "export"]
+    run = experiment("export", *words, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("on 10,000 images, predictions the same") == 2
+    assert (tmp_path / "export" / "model.stablehlo").stat().st_size > 10_000
+    assert (tmp_path / "export" / "model.onnx").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["report", "predict", "export"])
+def test_a_directory_without_a_run_is_one_line(name, tmp_path):
+    run = experiment(name, tmp_path, *(["x.png"] if name == "predict" else []), cwd=tmp_path)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: there is no finished run in ")
+    assert len(run.stderr.splitlines()) == 1
+
+
 @pytest.mark.usefixtures("splits")
 def test_sigterm_writes_a_checkpoint_and_the_run_resumes(data_dir, tmp_path):
     long = [*SMALL, "--epochs", "400", "--workdir", str(tmp_path / "run")]

@@ -1,0 +1,98 @@
+"""Draw a digit in the browser and watch what the network makes of it, as you draw.
+
+    make demo                                  # trains the default recipe first, once
+    python experiments/demo.py runs/default-seed0
+
+Serves a page on this machine alone (127.0.0.1), until Ctrl-C.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mnist_flax import command_line, runtime
+from mnist_flax.errors import InputError
+
+SHOWN = 280  # side of the network's image on the page, in pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Options of the script.
+
+    Attributes:
+      run: a run directory.
+      port: where to serve.
+    """
+
+    run: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    port: int = 7860
+
+
+def make_page(run):
+    """Returns the page, a `gradio.Blocks`."""
+    import gradio as gr
+    import numpy as np
+    from PIL import Image
+
+    from mnist_flax import digits
+    from mnist_flax.evaluate import Evaluation, predict
+
+    names = run.info.class_names
+
+    def answer(sketch):
+        drawn = sketch["composite"] if isinstance(sketch, dict) else sketch
+        if drawn is None:
+            return {}, None
+        paper = Image.new("RGBA", drawn.size, "white")
+        grey = Image.alpha_composite(paper, drawn.convert("RGBA")).convert("L")
+        try:
+            ink = digits.find_ink(np.asarray(grey, np.float32) / 255)
+            image = digits.find_digit(ink).image_HWC
+        except digits.NoDigitError:
+            return {}, None
+        logits = predict(run.state, image[None])
+        probabilities = Evaluation(logits, np.zeros(1, np.int32)).probabilities_NK[0]
+        seen = Image.fromarray(image[:, :, 0]).resize((SHOWN, SHOWN), Image.Resampling.NEAREST)
+        return dict(zip(names, map(float, probabilities), strict=True)), seen
+
+    with gr.Blocks(title="mnist_flax") as page:
+        gr.Markdown("# Draw a digit")
+        with gr.Row():
+            pad = gr.Sketchpad(
+                type="pil",
+                image_mode="RGBA",
+                canvas_size=(400, 400),
+                layers=False,
+                brush=gr.Brush(default_size=22, colors=["#000000"], color_mode="fixed"),
+                label="Draw here",
+                elem_id="pad",
+            )
+            with gr.Column():
+                label = gr.Label(num_top_classes=10, label="Probabilities", elem_id="answer")
+                seen = gr.Image(height=SHOWN, width=SHOWN, label="What the network sees")
+        pad.change(answer, pad, [label, seen], show_progress="hidden", trigger_mode="always_last")
+    return page
+
+
+def main(arguments):
+    """Serves the page."""
+    command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
+    if len(command.run) != 1:
+        raise InputError("name one run directory; see --help")
+    runtime.configure()
+
+    from mnist_flax.results import load_run
+
+    run = load_run(command.run[0])
+    try:
+        page = make_page(run)
+    except ImportError:
+        raise InputError("the demo needs gradio: pip install -e '.[demo]'") from None
+    page.launch(server_name="127.0.0.1", server_port=command.port, share=False)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,75 @@
+"""One run on 1, 2 and 8 virtual CPU devices, in a process that has 8."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import dataclasses, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+import numpy as np
+from pathlib import Path
+from mnist_flax.data import Examples, load_splits
+from mnist_flax.errors import Interrupted
+from mnist_flax.fit import data_mesh, epochs, fit
+from mnist_flax.model import CNNConfig
+from mnist_flax.recipes import RECIPES, OptimizerConfig, AffineConfig, ScheduleConfig
+
+splits = load_splits("mnist", val_size=400, seed=0, data_dir=sys.argv[1])
+train = Examples(splits.train.images[:1600], splits.train.labels[:1600])
+splits = dataclasses.replace(splits, train=train)
+recipe = dataclasses.replace(
+    RECIPES["seed"],
+    val_size=400,
+    epochs=2,
+    batch_size=64,
+    model=CNNConfig(widths=(4, 8), padding=("SAME", "VALID"), pool=(True, True), hidden=(16,)),
+    augment=AffineConfig(rotate=10.0, shift=0.1),
+    optimizer=OptimizerConfig("sgd", learning_rate=0.05),
+)
+
+def host(state):
+    return jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state))
+
+runs = {n: list(epochs(recipe, splits, mesh=data_mesh(n))) for n in (1, 2, 8)}
+assert int(runs[8][-1].state.step) == 50
+for n in (2, 8):
+    assert len(runs[n][-1].state.step.sharding.device_set) == n
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-3),
+        host(runs[1][-1].state), host(runs[n][-1].state),
+    )
+    # The first epoch's mean loss shows Dropout and augmentation: other draws would be far off.
+    np.testing.assert_allclose(runs[1][0].train_loss, runs[n][0].train_loss, rtol=2e-4)
+    np.testing.assert_allclose(runs[1][-1].val_loss, runs[n][-1].val_loss, rtol=2e-3)
+
+# A checkpoint of eight devices continues on two.
+calls = iter(range(10**9))
+workdir = Path(sys.argv[2])
+try:
+    fit(recipe, splits, workdir=workdir, mesh=data_mesh(8), progress=False,
+        interrupted=lambda: next(calls) >= 3)
+except Interrupted as stop:
+    assert 0 < int(stop.state.step) < 50
+else:
+    raise AssertionError("it was not interrupted")
+result = fit(recipe, splits, workdir=workdir, mesh=data_mesh(2), resume=True, progress=False)
+np.testing.assert_allclose(
+    result.history[-1]["val_loss"], runs[1][-1].val_loss, rtol=2e-3
+)
+print("agreed")
+"""
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_run_on_eight_devices_is_the_run_on_one(data_dir, tmp_path):
+    """Within 2e-3 of any parameter after 50 steps: sums are rounded in another order."""
+    words = [sys.executable, "-c", SCRIPT, str(data_dir), str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert run.stdout == "agreed\n", run.stderr
