@@ -1,7 +1,7 @@
 # Everything runs in .venv, made from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-PEERS := torch==2.13.0 torchvision==0.28.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
+PEERS := torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
 
 .PHONY: train test lint bench determinism demo clean
 

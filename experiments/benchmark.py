@@ -29,6 +29,7 @@ from mnist_flax.workdir import write_json
 HERE = Path(__file__).parent
 CONTENDERS = HERE / "contenders"
 PAUSE_SECONDS = 0.5  # thread pools of the last contender spin for a while
+DATA_BATCHES = 200  # a turn: many more than are read ahead while a contender waits
 # The C library's allocator keeps what is freed, for every contender alike.
 ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296"
 Section = Literal["steps", "data", "phases", "accuracy"]
@@ -167,13 +168,14 @@ def time_data(command: Command, data: Path) -> dict[str, Any]:
         }.items()
     }
     if peers := command.peers:
-        contenders["torchvision, RandomAffine"] = contender(
+        contenders["PyTorch, affine_grid and grid_sample"] = contender(
             "torch_data.py", data, batch, python=peers
         )
         for name, kind in {"ImageDataGenerator": "generator", "layers": "layers"}.items():
             words = contender("keras_data.py", data, batch, kind, python=peers)
             contenders[f"Keras, {name}"] = words
-    rows = rates(race(contenders, batches=8, rounds=command.rounds), images=8 * batch)
+    seconds = race(contenders, batches=DATA_BATCHES, rounds=command.rounds)
+    rows = rates(seconds, images=DATA_BATCHES * batch)
     return {"rows": rows, "prepare_seconds": prepare, "second_load_seconds": second}
 
 

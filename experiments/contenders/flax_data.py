@@ -51,8 +51,7 @@ def resident(images_NHWC: np.ndarray, batch_size: int):
 def stream(_images, batch_size: int):
     """Returns `work(batches)`: random batches read from the prepared records on threads."""
     records = load_splits("mnist", val_size=0, seed=0, stream=True).train
-    order = np.random.default_rng(0).permutation(len(records))
-    indices_SB = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+    indices_SB = np.random.default_rng(0).integers(len(records), size=(10_000, batch_size))
     batches_of_epoch = stream_batches(records, indices_SB.astype(np.int32), start=0)
 
     def work(batches):
