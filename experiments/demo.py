@@ -33,7 +33,7 @@ class Command:
 
 def make_page(run):
     """Returns the page, a `gradio.Blocks`."""
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
     import numpy as np
     from PIL import Image
 

@@ -83,7 +83,7 @@ def main(arguments):
         return int(not sound)
     export.write_bytes(path, model)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    parts = [session.run(None, {"images": part})[0] for part in np.split(images, 10)]
+    parts = [np.asarray(session.run(None, {"images": i})[0]) for i in np.split(images, 10)]
     return int(not (check(path, np.concatenate(parts)) and sound))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -90,9 +90,11 @@ def find_ink(grey_HW: np.ndarray) -> np.ndarray:
     dark = 1 - grey_HW if ground - low >= high - ground else grey_HW
     # The ground, on a coarse grid: what is left of the picture when strokes are opened away.
     step = max(1, max(grey_HW.shape) // 100)
-    coarse = ndimage.zoom(ndimage.gaussian_filter(dark, step / 2), 1 / step, order=1)
+    smooth = ndimage.gaussian_filter(dark, step / 2)
+    coarse = np.asarray(ndimage.zoom(smooth, 1 / step, order=1))
     size = max(3, round(0.3 * min(coarse.shape)))
-    coarse = ndimage.gaussian_filter(ndimage.grey_opening(coarse, size), size / 4, mode="nearest")
+    opened = ndimage.grey_opening(coarse, size)
+    coarse = np.asarray(ndimage.gaussian_filter(opened, size / 4, mode="nearest"))
     paper = np.median(np.concatenate([coarse[[0, -1]].ravel(), coarse[:, [0, -1]].ravel()]))
     if coarse.max() - paper > 0.7 * (np.percentile(dark, 99.5) - paper):
         coarse[:] = paper  # as dark as the writing: a blot, not a shadow
@@ -116,7 +118,8 @@ def find_digits(ink_HW: np.ndarray) -> list[Digit]:
       NoDigitError: there is none.
     """
     mask_HW = ink_HW > _otsu(ink_HW)
-    labels_HW, count = ndimage.label(mask_HW, np.ones((3, 3)))
+    labelled: Any = ndimage.label(mask_HW, np.ones((3, 3)))
+    labels_HW, count = labelled
     boxes = [
         (s[0].start, s[1].start, s[0].stop, s[1].stop) for s in ndimage.find_objects(labels_HW)
     ]
@@ -201,7 +204,7 @@ def _digit(ink_HW, mask_HW):
     small = np.asarray(Image.fromarray(ink).resize(size, Image.Resampling.BOX), np.float32)
     small = np.clip(small / max(np.percentile(small[small > 0.1], 90), 0.3), 0, 1)
     image = np.zeros((SIDE, SIDE), np.float32)
-    y, x = ndimage.center_of_mass(small)
+    y, x = (float(np.average(np.indices(small.shape)[axis], weights=small)) for axis in (0, 1))
     centre = (SIDE - 1) / 2
     at_y = int(np.clip(round(centre - y), 0, SIDE - small.shape[0]))
     at_x = int(np.clip(round(centre - x), 0, SIDE - small.shape[1]))
@@ -212,7 +215,7 @@ def _digit(ink_HW, mask_HW):
 
 def _stroke(ink, mask, longer):
     """Thickens thin strokes and thins thick ones, towards MNIST's."""
-    inside = ndimage.distance_transform_edt(mask)
+    inside = np.asarray(ndimage.distance_transform_edt(mask))
     # Across a stroke the distance to its edge rises to half the width: its mean is a quarter.
     width = 4 * inside[mask].mean()
     if width < 0.6 * STROKE * longer:

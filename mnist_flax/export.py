@@ -37,7 +37,7 @@ def to_stablehlo(state: TrainState, *, image_shape: tuple[int, int, int]) -> byt
     (batch,) = jax.export.symbolic_shape("B")
     images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
     exported = jax.export.export(jax.jit(inference(state)), platforms=PLATFORMS)(images)
-    return exported.serialize()
+    return bytes(exported.serialize())
 
 
 def to_onnx(

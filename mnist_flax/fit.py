@@ -53,6 +53,7 @@ from mnist_flax.steps import (
 from mnist_flax.stopping import EarlyStopping
 from mnist_flax.workdir import RECIPE_FILE, MetricsLog, claim, write_json
 
+# Examples a batch of validation, rounded up to a multiple of the devices.
 EVAL_BATCH = 500
 # How long the device works between two looks of the host at the metrics and at interrupts.
 CALL_SECONDS = 0.5
@@ -390,7 +391,8 @@ def epochs(
     metrics = zero if start_metrics is None else start_metrics
     val_batches = None
     if recipe.val_size:
-        val_batches = jax.device_put(eval_batches(splits.val, batch_size=EVAL_BATCH), by_batch)
+        batch_size = -(-EVAL_BATCH // mesh.size) * mesh.size
+        val_batches = jax.device_put(eval_batches(splits.val, batch_size=batch_size), by_batch)
     train = splits.train
     if not isinstance(train, Records):
         train = jax.device_put(train, everywhere)

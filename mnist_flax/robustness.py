@@ -63,7 +63,7 @@ def blur(images_NHWC: jax.Array, sigma: float) -> jax.Array:
     return jnp.asarray(ndimage.gaussian_filter(np.asarray(images_NHWC), sigmas, mode="constant"))
 
 
-def occlude(images_NHWC: jax.Array, side: int) -> jax.Array:
+def occlude(images_NHWC: jax.Array, side: float) -> jax.Array:
     """Blackens a square of this side, somewhere within the middle 20 x 20 of a 28 x 28 image."""
     N, H, W, _ = images_NHWC.shape
     limits = jnp.array([[H - side - 4], [W - side - 4]])

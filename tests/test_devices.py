@@ -18,7 +18,8 @@ from mnist_flax.data import Examples, load_splits
 from mnist_flax.errors import Interrupted
 from mnist_flax.fit import data_mesh, epochs, fit
 from mnist_flax.model import CNNConfig
-from mnist_flax.recipes import RECIPES, OptimizerConfig, AffineConfig, ScheduleConfig
+from mnist_flax.recipes import RECIPES, AffineConfig, OptimizerConfig, make_augment
+from jax.sharding import NamedSharding, PartitionSpec
 
 splits = load_splits("mnist", val_size=400, seed=0, data_dir=sys.argv[1])
 train = Examples(splits.train.images[:1600], splits.train.labels[:1600])
@@ -36,31 +37,46 @@ recipe = dataclasses.replace(
 def host(state):
     return jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state))
 
-runs = {n: list(epochs(recipe, splits, mesh=data_mesh(n))) for n in (1, 2, 8)}
+plain = dataclasses.replace(recipe, augment=AffineConfig())
+runs = {n: list(epochs(plain, splits, mesh=data_mesh(n))) for n in (1, 2, 8)}
 assert int(runs[8][-1].state.step) == 50
 for n in (2, 8):
     assert len(runs[n][-1].state.step.sharding.device_set) == n
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-3),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5),
         host(runs[1][-1].state), host(runs[n][-1].state),
     )
-    # The first epoch's mean loss shows Dropout and augmentation: other draws would be far off.
-    np.testing.assert_allclose(runs[1][0].train_loss, runs[n][0].train_loss, rtol=2e-4)
-    np.testing.assert_allclose(runs[1][-1].val_loss, runs[n][-1].val_loss, rtol=2e-3)
+
+# Augmentation is the same bits on its own. Within a step its last bit may differ, and where a
+# background of exact zeros meets a ReLU a last bit turns a gradient on: the losses stay close.
+augment = make_augment(recipe)
+images = np.asarray(train.images[:64] / np.float32(255))
+augmented = {}
+for n in (1, 8):
+    mesh = data_mesh(n)
+    by_batch = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        key = jax.device_put(jax.random.key(3), NamedSharding(mesh, PartitionSpec()))
+        shared = jax.device_put(images, by_batch)
+        augmented[n] = np.asarray(jax.jit(augment, out_shardings=by_batch)(key, shared))
+np.testing.assert_array_equal(augmented[1], augmented[8])
+with_augmentation = {n: next(epochs(recipe, splits, mesh=data_mesh(n))) for n in (1, 8)}
+losses = [result.train_loss for result in with_augmentation.values()]
+np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
 
 # A checkpoint of eight devices continues on two.
 calls = iter(range(10**9))
 workdir = Path(sys.argv[2])
 try:
-    fit(recipe, splits, workdir=workdir, mesh=data_mesh(8), progress=False,
+    fit(plain, splits, workdir=workdir, mesh=data_mesh(8), progress=False,
         interrupted=lambda: next(calls) >= 3)
 except Interrupted as stop:
     assert 0 < int(stop.state.step) < 50
 else:
     raise AssertionError("it was not interrupted")
-result = fit(recipe, splits, workdir=workdir, mesh=data_mesh(2), resume=True, progress=False)
+result = fit(plain, splits, workdir=workdir, mesh=data_mesh(2), resume=True, progress=False)
 np.testing.assert_allclose(
-    result.history[-1]["val_loss"], runs[1][-1].val_loss, rtol=2e-3
+    result.history[-1]["val_loss"], runs[1][-1].val_loss, rtol=1e-4
 )
 print("agreed")
 """
@@ -68,7 +84,7 @@ print("agreed")
 
 @pytest.mark.usefixtures("splits")
 def test_a_run_on_eight_devices_is_the_run_on_one(data_dir, tmp_path):
-    """Within 2e-3 of any parameter after 50 steps: sums are rounded in another order."""
+    """Within 2e-5 of any parameter after 50 steps: sums are rounded in another order."""
     words = [sys.executable, "-c", SCRIPT, str(data_dir), str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     run = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
