@@ -15,6 +15,13 @@ import tyro
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import InputError
 
+# Takes the brush up once the pad is there: Gradio's pad begins without one.
+TAKE_BRUSH = """() => {
+  const timer = setInterval(() => {
+    const brush = document.querySelector('#pad button[aria-label="Brush"]');
+    if (brush && document.querySelector('#pad canvas')) { brush.click(); clearInterval(timer); }
+  }, 200);
+}"""
 SHOWN = 280  # side of the network's image on the page, in pixels
 
 
@@ -74,6 +81,7 @@ def make_page(run):
                 label = gr.Label(num_top_classes=10, label="Probabilities", elem_id="answer")
                 seen = gr.Image(height=SHOWN, width=SHOWN, label="What the network sees")
         pad.change(answer, pad, [label, seen], show_progress="hidden", trigger_mode="always_last")
+        page.load(None, js=TAKE_BRUSH)
     return page
 
 
