@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = ["--val-size", "59000", "--epochs", "2", "--batch-size", "100"]
 SMALL += ["--model.widths", "4", "8", "--model.padding", "SAME", "VALID"]
 SMALL += ["--model.pool", "True", "True", "--optimizer.learning-rate", "0.01"]
+SMALL += ["--stopping.patience", "None"]
 
 
 def command(*arguments, data_dir):
