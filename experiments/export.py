@@ -52,6 +52,7 @@ def main(arguments):
     from mnist_flax.data import load_splits
     from mnist_flax.evaluate import predict
     from mnist_flax.results import load_run
+    from mnist_flax.workdir import write_bytes
 
     run = load_run(command.run[0])
     test = load_splits(run.recipe.dataset, val_size=0, seed=0, data_dir=command.data_dir).test
@@ -71,7 +72,7 @@ def main(arguments):
         return same and difference < TOLERANCE
 
     path = out / "model.stablehlo"
-    export.write_bytes(path, export.to_stablehlo(run.state, image_shape=shape))
+    write_bytes(path, export.to_stablehlo(run.state, image_shape=shape))
     loaded = jax.export.deserialize(bytearray(path.read_bytes()))
     sound = check(path, np.concatenate([loaded.call(part) for part in np.split(images, 10)]))
     path = out / "model.onnx"
@@ -81,7 +82,7 @@ def main(arguments):
     except (InputError, ImportError) as error:
         print(f"no ONNX: {error}", file=sys.stderr)
         return int(not sound)
-    export.write_bytes(path, model)
+    write_bytes(path, model)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     parts = [np.asarray(session.run(None, {"images": i})[0]) for i in np.split(images, 10)]
     return int(not (check(path, np.concatenate(parts)) and sound))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.export
@@ -67,13 +66,3 @@ def to_onnx(
     entry = model.metadata_props.add()
     entry.key, entry.value = "class_names", json.dumps(class_names)
     return model.SerializeToString()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

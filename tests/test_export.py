@@ -46,7 +46,7 @@ def images(splits):
 
 def test_stablehlo_runs_without_the_package(state, images, tmp_path):
     path = tmp_path / "model.stablehlo"
-    export.write_bytes(path, export.to_stablehlo(state, image_shape=(28, 28, 1)))
+    path.write_bytes(export.to_stablehlo(state, image_shape=(28, 28, 1)))
     np.savez(tmp_path / "data.npz", images=images, logits=predict(state, images))
     words = [sys.executable, "-c", ALONE, str(path), str(tmp_path / "data.npz")]
     run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
