@@ -126,7 +126,9 @@ def _one_error(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        text = str(error).strip() or repr(error)
+        full = "RESOURCE_EXHAUSTED" in text or "No space left" in text
+        cause = "no space is left on the device" if full else text.splitlines()[0][:200]
         raise CheckpointError(
             f"a checkpoint could not be written to {manager.directory}: {cause}; "
             "make room or permit writing, then resume"

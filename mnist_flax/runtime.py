@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
 from pathlib import Path
 
+import absl.logging
 import jax
 
 
@@ -18,16 +21,27 @@ def share_cores(batch_size: int) -> int:
 def configure(*, cpu_devices: int | None = None) -> None:
     """Sets JAX up, before its backend starts.
 
-    Compiled programs are kept in the user's cache directory, so the second start is fast.
+    Compiled programs are kept in the user's cache directory, so the second start is fast. Of other
+    packages' log messages only critical ones are shown.
 
     Args:
       cpu_devices: how many JAX devices the CPU becomes; None leaves it one.
     """
+    # Orbax and its event loop log tracebacks of what they raise too, and we report.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache / "mnist_flax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+def _unraisable(event) -> None:
+    """Reports what Python cannot raise, but for writes whose event loop Orbax has closed."""
+    if not (isinstance(event.exc_value, RuntimeError) and "loop is closed" in str(event.exc_value)):
+        sys.__unraisablehook__(event)
 
 
 class Interrupts:
