@@ -177,7 +177,20 @@ def _on_cpu() -> bool:
 def _conv(x_BHWC, w_HWIO, padding):
     if 1 < x_BHWC.shape[-1] < FEW_CHANNELS:
         return _patch_product(x_BHWC, w_HWIO, padding)
+    return _one_convolution(x_BHWC, w_HWIO, padding)
+
+
+def _one_convolution(x_BHWC, w_HWIO, padding):
+    """Convolves by XLA's own convolution, in a form that XLA's CPU backend does fast and right."""
     (top, bottom), sides = padding
+    if jax.device_count() > 1:
+        # XLA calls Eigen for most convolutions with padding. Where a process has as many CPU
+        # devices as cores, the 16th step or so of a loop then loses a part of the sum in some
+        # gradients (jaxlib 0.8.1 to 0.10.2; tests/test_devices.py shows it). Without padding they
+        # go to YNNPACK; the barrier keeps XLA from putting the padding back.
+        x_BHWC = jnp.pad(x_BHWC, ((0, 0), *padding, (0, 0)))
+        x_BHWC = lax.optimization_barrier(x_BHWC)
+        top, bottom, sides = 0, 0, (0, 0)
     y = lax.conv_general_dilated(
         x_BHWC, w_HWIO, (1, 1), ((top, bottom + 1), sides), dimension_numbers=NHWC
     )
@@ -212,9 +225,7 @@ def _conv_bwd(padding, residuals, dy_BHWO):
     size = w_HWIO.shape[:2]
     flipped_HWOI = jnp.flip(w_HWIO, (0, 1)).swapaxes(2, 3)
     complement = [(k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(size, padding, strict=True)]
-    dx_BHWC = lax.conv_general_dilated(
-        dy_BHWO, flipped_HWOI, (1, 1), complement, dimension_numbers=NHWC
-    )
+    dx_BHWC = _one_convolution(dy_BHWO, flipped_HWOI, complement)
     kernel_gradient = functools.partial(_kernel_gradient, size=size, padding=padding)
     return dx_BHWC, _on_each_device(kernel_gradient, (x_BHWC, dy_BHWO), total=True)
 
