@@ -148,7 +148,7 @@ def time_steps(command: Command, data: Path) -> dict[str, Any]:
 def time_data(command: Command, data: Path) -> dict[str, Any]:
     """Times preparing, loading, reading and augmenting."""
     code = (
-        "import sys, time; began = time.perf_counter(); from mnist_flax.data import load_splits; "
+        "import sys, time; from mnist_flax.data import load_splits; "
         "imported = time.perf_counter(); load_splits('mnist', val_size=5000, seed=0, "
         "data_dir=sys.argv[1]); print(time.perf_counter() - imported)"
     )

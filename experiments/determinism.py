@@ -18,7 +18,7 @@ from pathlib import Path
 from mnist_flax import command_line
 
 TRAIN = Path(__file__).parent / "train.py"
-SMALL = ["--recipe", "quick", "--val-size", "50000", "--augment.rotate", "10"]
+SMALL = ["--recipe", "default", "--val-size", "45000", "--epochs", "1"]
 ONE = {0}
 # Name, devices, processors (None: all), whether streamed, and the group that must agree.
 RUNS = [

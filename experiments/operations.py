@@ -77,7 +77,7 @@ def main(arguments):
         function = functools.partial(convolution, padding=padding, fast=fast)
         return jax.vjp(function, x, w)[1](dy)[argument]
 
-    print(f"{'':42s}{'ops':>8s}{'lax':>8s}   ms on {mesh.size} devices")
+    print(f"{'':58s}{'ops':>8s}{'lax':>8s}   ms on {mesh.size} devices")
     for size, inputs, outputs, padding, images in CONVOLUTIONS:
         keys = jax.random.split(jax.random.key(0), 3)
         shape = (images, size, size, inputs)

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from mnist_flax.workdir import write_bytes
+
 _DPI = 150
 _POINTS = 9  # Size of text, but for titles.
 # After the palette of Okabe and Ito, "Color Universal Design" (2008), which people who do not tell
@@ -27,16 +29,10 @@ _GREEN, _RED, _BLUE, _GREY = "#007a5a", "#d55e00", "#0072b2", "#767676"
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure as a PNG: whole or not at all, and the same bytes for the same figure."""
-    path = Path(path)
     png = BytesIO()
     # Matplotlib would note its own version in the file.
     figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(png.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(Path(path), png.getvalue())
 
 
 def plot_curves(
@@ -265,6 +261,29 @@ def plot_seeds(accuracies: Mapping[str, ArrayLike]) -> Figure:
     axes.set_ylim(-0.6, len(accuracies) - 0.2)
     axes.set_xlabel("Test accuracy (%); the line is the mean", fontsize=_POINTS)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_response(fields: Mapping[str, ArrayLike], *, accuracies: ArrayLike, best: int) -> Figure:
+    """Draw the accuracy of a sweep's points against each field that was varied.
+
+    Args:
+        fields: Name to [P] values. Positive values that span a factor of 10 get a log axis.
+        accuracies: [P] Validation accuracies from 0 to 1.
+        best: Index of the point to mark.
+    """
+    percent = 100 * np.asarray(accuracies)
+    figure = Figure(figsize=(3.4 * len(fields) + 0.6, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(fields), squeeze=False, sharey=True)[0]
+    for axes, (name, values) in zip(panels, fields.items(), strict=True):
+        values = np.asarray(values, np.float64)
+        axes.plot(values, percent, "o", color=_BLUE, alpha=0.6, mew=0)
+        axes.plot(values[best], percent[best], "o", color=_RED, fillstyle="none", ms=10)
+        if values.min() > 0 and values.max() >= 10 * values.min():
+            axes.set_xscale("log")
+        axes.set_xlabel(name, fontsize=_POINTS)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("Validation accuracy (%)", fontsize=_POINTS)
     return figure
 
 

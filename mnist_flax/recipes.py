@@ -359,7 +359,7 @@ STRONG = dataclasses.replace(
 DEFAULT = dataclasses.replace(
     QUICK,
     val_size=5000,
-    epochs=4,
+    epochs=5,
     label_smoothing=0.0,
     model=dataclasses.replace(
         QUICK.model,

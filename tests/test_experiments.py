@@ -222,6 +222,52 @@ def test_seeds_reports_the_mean_of_what_it_trained(data_dir, tmp_path):
 
 
 @pytest.mark.usefixtures("splits")
+def test_sweep_chooses_on_validation_and_trains_the_winner_anew(data_dir, tmp_path):
+    """At a learning rate of 1e-9 nothing is learnt, so the choice is known beforehand."""
+    words = [sys.executable, str(ROOT / "experiments" / "sweep.py"), *SMALL, "--epochs", "1"]
+    words += ["--vary", "optimizer.learning-rate=1e-9,0.4", "--search-val-size", "58000"]
+    words += ["--seeds", "1", "--fresh-seeds", "2", "--data-dir", str(data_dir), "--devices", "1"]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    workdir = tmp_path / "runs" / "sweep-default"
+    sweep = json.loads((workdir / "sweep.json").read_text())
+    rates = [1e-9, 0.4]
+    assert sweep["points"] == [{"optimizer.learning_rate": rate} for rate in rates]
+    (worse,), (better,) = sweep["val_accuracies"]
+    assert worse < 0.3 < better
+    assert sweep["best"] == {"optimizer.learning_rate": 0.4}
+    assert [member["seed"] for member in sweep["winner"]["members"]] == [1000, 1001]
+    assert sweep["winner"]["recipe"]["optimizer"]["learning_rate"] == 0.4
+    assert sweep["winner"]["recipe"]["val_size"] == 59000
+    assert (workdir / "response.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "vary is empty"),
+        (["--vary", "epochs"], "'epochs' is not NAME="),
+        (["--vary", "epochs=1:2:3", "--draws", "1"], "is not NAME="),
+        (["--vary", "epochs=2:1", "--draws", "1"], "is not NAME="),
+        (["--vary", "epochs=1", "epochs=2"], "each once"),
+        (["--vary", "augment.zoom=0:0.1"], "augment.zoom has a range; give --draws"),
+        (["--vary", "epoch=1"], "no number 'epoch'"),
+        (["--vary", "optimizer.nesterov=1"], "no number 'optimizer.nesterov'"),
+        (["--vary", "epochs=1.5"], "whole number"),
+        (["--vary", "model.dropout=1.5"], "dropout is 1.5"),
+        (["--vary", "epochs=1", "--search-val-size", "0"], "search_val_size is 0"),
+    ],
+)
+def test_sweep_refuses_in_one_line(arguments, message, tmp_path):
+    words = [sys.executable, str(ROOT / "experiments" / "sweep.py"), *arguments]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 2, run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert message in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("splits")
 def test_killed_runs_end_with_the_same_bits(data_dir, tmp_path):
     """The short form; experiments/torture.py alone kills a hundred, during preparation too."""
     words = [sys.executable, str(ROOT / "experiments" / "torture.py"), "--kills", "5"]

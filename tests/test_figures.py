@@ -424,3 +424,18 @@ def test_pyplot_is_not_imported(tmp_path):
     )
     subprocess.run([sys.executable, "-c", program, tmp_path / "confusion.png"], check=True)
     assert (tmp_path / "confusion.png").exists()
+
+
+# --- plot_response
+
+
+def test_response_shows_every_point_and_marks_the_best():
+    fields = {"rate": [0.01, 0.1, 1.0], "rotate": [0.0, 5.0, 10.0]}
+    left, right = figures.plot_response(fields, accuracies=[0.5, 0.9, 0.7], best=1).axes
+    for axes, values in zip((left, right), fields.values(), strict=True):
+        points, best = axes.lines
+        np.testing.assert_allclose(points.get_xdata(), values)
+        np.testing.assert_allclose(points.get_ydata(), [50, 90, 70])
+        assert best.get_xydata().tolist() == [[values[1], 90]]
+    assert (left.get_xscale(), right.get_xscale()) == ("log", "linear")
+    assert (left.get_xlabel(), right.get_xlabel()) == ("rate", "rotate")

@@ -1,0 +1,212 @@
+"""Search numeric fields of a recipe: chosen on validation, the winner trained anew on fresh seeds.
+
+    python experiments/sweep.py --recipe quick --vary optimizer.learning_rate=0.2,0.4,0.8
+    python experiments/sweep.py --recipe fast --vary augment.rotate=0:20 augment.zoom=0:.2 --draws 8
+
+A list of values is a grid; with `--draws` the values are drawn at random, from lists and from
+ranges LOW:HIGH (log-uniform where LOW is above 0). The first takes about a minute on 2 cores and
+chooses 0.4. The test split is looked at for the winner alone.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import tyro
+
+from mnist_flax import command_line, runtime
+from mnist_flax.errors import InputError
+from mnist_flax.recipes import Recipe, from_dict, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Options of the script, beside the recipe's.
+
+    Attributes:
+      recipe: the recipe's fields; its seed and val_size serve the winner's training only.
+      vary: fields and their values, as NAME=V1,V2,... or NAME=LOW:HIGH.
+      draws: how many points to draw at random; 0 tries every point of the grid.
+      seeds: how many seeds at each point.
+      search_val_size: validation examples that choose, taken from training.
+      fresh_seeds: how many seeds to train the winner from, at least 2.
+      first_seed: the first seed of the search; the winner's begin at 1000 above it.
+      workdir: where sweep.json and response.png go; by default runs/sweep-NAME.
+      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      devices: how many devices share a batch; by default all, and on the CPU one a core.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    vary: tuple[str, ...] = ()
+    draws: int = 0
+    seeds: int = 2
+    search_val_size: int = 10_000
+    fresh_seeds: int = 3
+    first_seed: int = 0
+    workdir: Path | None = None
+    data_dir: Path | None = None
+    devices: int | None = None
+
+    def __post_init__(self):
+        if self.draws < 0:
+            raise InputError(f"draws is {self.draws}; give 0 for the grid, or a number of points")
+        if self.seeds < 1 or self.fresh_seeds < 2:
+            raise InputError("give at least 1 seed a point, and 2 fresh_seeds for the winner")
+        if self.search_val_size < 1:
+            raise InputError(f"search_val_size is {self.search_val_size}; validation must choose")
+
+
+class Choice(NamedTuple):
+    """What a field may be: one of the numbers or, where `ranged`, anything between the two."""
+
+    numbers: tuple[float, ...]
+    ranged: bool
+
+    def draw(self, random: np.random.Generator) -> float:
+        """Returns a number at random; log-uniform in a range above 0."""
+        if not self.ranged:
+            return float(random.choice(self.numbers))
+        low, high = self.numbers
+        if low > 0:
+            return float(np.exp(random.uniform(np.log(low), np.log(high))))
+        return float(random.uniform(low, high))
+
+
+def parse_vary(words: tuple[str, ...]) -> dict[str, Choice]:
+    """Returns what each field may be.
+
+    Raises:
+      InputError: there is no word, or one is neither NAME=V1,V2,... nor NAME=LOW:HIGH, or names a
+        field twice.
+    """
+    if not words:
+        raise InputError("vary is empty; give a field, as optimizer.learning_rate=0.1,0.2")
+    fields: dict[str, Choice] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        name, ranged = name.replace("-", "_"), ":" in text
+        try:
+            numbers = tuple(float(number) for number in text.split(":" if ranged else ","))
+        except ValueError:
+            numbers = ()
+        sound = bool(numbers) and all(map(math.isfinite, numbers)) and name not in fields
+        if not sound or (ranged and not (len(numbers) == 2 and numbers[0] < numbers[1])):
+            raise InputError(f"vary {word!r} is not NAME=V1,V2,... or NAME=LOW:HIGH, each once")
+        fields[name] = Choice(numbers, ranged)
+    return fields
+
+
+def points(fields: dict[str, Choice], *, draws: int, seed: int) -> list[dict[str, float]]:
+    """Returns the points to try: the grid, or `draws` at random.
+
+    Raises:
+      InputError: a range without draws.
+    """
+    if draws:
+        random = np.random.default_rng(seed)
+        return [
+            {name: choice.draw(random) for name, choice in fields.items()} for _ in range(draws)
+        ]
+    if ranges := [name for name, choice in fields.items() if choice.ranged]:
+        raise InputError(f"{ranges[0]} has a range; give --draws, or a list of values")
+    grid = itertools.product(*(choice.numbers for choice in fields.values()))
+    return [dict(zip(fields, numbers, strict=True)) for numbers in grid]
+
+
+def with_fields(recipe: Recipe, point: dict[str, float]) -> Recipe:
+    """Returns the recipe with numeric fields changed, named with dots.
+
+    Raises:
+      InputError: there is no such numeric field, or it cannot have the value.
+    """
+    values = to_dict(recipe)
+    for name, value in point.items():
+        *path, last = name.split(".")
+        table: Any = values
+        for part in path:
+            table = table.get(part) if isinstance(table, dict) else None
+        old = table.get(last) if isinstance(table, dict) else None
+        if isinstance(old, bool) or not isinstance(old, int | float):
+            raise InputError(f"the recipe has no number {name!r}")
+        if isinstance(old, int) and not value.is_integer():
+            raise InputError(f"{name} is {value}; it is a whole number")
+        table[last] = int(value) if isinstance(old, int) else value
+    return from_dict(values)
+
+
+def search(recipes: list[Recipe], command: Command) -> np.ndarray:
+    """Returns the validation accuracies [points, seeds]."""
+    from mnist_flax.data import load_splits
+    from mnist_flax.fit import data_mesh, fit
+
+    splits = load_splits(
+        command.recipe.dataset,
+        val_size=command.search_val_size,
+        seed=command.recipe.split_seed,
+        data_dir=command.data_dir,
+    )
+    mesh = data_mesh(command.devices)
+    accuracies = np.zeros((len(recipes), command.seeds))
+    for row, recipe in enumerate(recipes):
+        for column in range(command.seeds):
+            member = dataclasses.replace(recipe, seed=command.first_seed + column)
+            result = fit(member, splits, mesh=mesh, progress=False)
+            # Without validation of its own the winner will end with its last epoch.
+            epoch = result.best_epoch if command.recipe.val_size else len(result.history)
+            accuracies[row, column] = result.history[epoch - 1]["val_accuracy"]
+    return accuracies
+
+
+def main(arguments):
+    """Searches on validation, trains the winner anew, writes sweep.json and response.png."""
+    began = time.perf_counter()
+    name, rest = command_line.split_recipe(arguments)
+    default = Command(command_line.named_recipe(name))
+    command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
+    tried = points(parse_vary(command.vary), draws=command.draws, seed=command.first_seed)
+    recipes = [with_fields(command.recipe, point) for point in tried]
+    cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes)
+    runtime.configure(cpu_devices=command.devices or cores)
+
+    import seeds  # the script beside this one
+
+    from mnist_flax.figures import plot_response, save_figure
+    from mnist_flax.workdir import write_json
+
+    workdir = command.workdir or Path("runs") / f"sweep-{name}"
+    workdir.mkdir(parents=True, exist_ok=True)
+    searched = [dataclasses.replace(r, val_size=command.search_val_size) for r in recipes]
+    accuracies = search(searched, command)
+    means = accuracies.mean(axis=1)
+    best = int(means.argmax())
+    for point, row in zip(tried, accuracies, strict=True):
+        words = ", ".join(f"{field} {value:.4g}" for field, value in point.items())
+        print(f"{words}: validation accuracy {row.mean():.3%} ({len(row)} seeds)")
+    fresh = seeds.Command(
+        recipes[best],
+        seeds=command.fresh_seeds,
+        first_seed=command.first_seed + 1000,
+        data_dir=command.data_dir,
+        devices=command.devices,
+    )
+    study, _ = seeds.run_seeds(recipes[best], fresh)
+    print(seeds.describe("winner", study))
+    summary = {
+        "points": tried,
+        "val_accuracies": accuracies.tolist(),
+        "best": tried[best],
+        "winner": study,
+        "seconds": time.perf_counter() - began,
+    }
+    write_json(workdir / "sweep.json", summary)
+    columns = {field: [point[field] for point in tried] for field in tried[0]}
+    save_figure(plot_response(columns, accuracies=means, best=best), workdir / "response.png")
+    print(f"written to {workdir}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
