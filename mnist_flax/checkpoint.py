@@ -158,8 +158,7 @@ def newest_sound(
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             progress = restore(manager, recipe, like, step=step)
-            if progress.best_step not in (None, step):
-                restore(manager, recipe, like, step=progress.best_step)
+            restore_best(manager, recipe, like, progress)
             return progress
         except CheckpointError as error:
             if strict:
@@ -167,6 +166,19 @@ def newest_sound(
             log.warning("%s; going back to the one before", error)
             manager.delete(step)
     return None
+
+
+def restore_best(
+    manager: ocp.CheckpointManager, recipe: Recipe, like: Progress, progress: Progress
+) -> Progress:
+    """Returns the progress at the end of the best epoch that `progress` names.
+
+    That is `progress` itself where it names none, or its own epoch. Errors are as in `restore`.
+    """
+    if progress.best_step in (None, int(progress.state.step)):
+        return progress
+    wait(manager)
+    return restore(manager, recipe, like, step=progress.best_step)
 
 
 def restore(

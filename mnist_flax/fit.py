@@ -160,6 +160,15 @@ def initial_state(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) 
     return jax.jit(create, out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
 
+def fresh_progress(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Progress:
+    """Returns a run's progress at step 0, on all of the mesh's devices."""
+    return Progress(
+        state=initial_state(recipe, info, steps=steps, mesh=mesh),
+        metrics=jax.device_put(Metrics.zero(), NamedSharding(mesh, PartitionSpec())),
+        stopping=EarlyStopping(**dataclasses.asdict(recipe.stopping)),
+    )
+
+
 def train_steps(
     state: TrainState,
     metrics: Metrics,
@@ -527,12 +536,7 @@ def fit(
     if resume:
         check_same_recipe(workdir, recipe)
     steps = num_train(splits) // recipe.batch_size
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    fresh = Progress(
-        state=initial_state(recipe, splits.info, steps=steps, mesh=mesh),
-        metrics=jax.device_put(Metrics.zero(), everywhere),
-        stopping=EarlyStopping(**dataclasses.asdict(recipe.stopping)),
-    )
+    fresh = fresh_progress(recipe, splits.info, steps=steps, mesh=mesh)
     with claim(workdir, resume=resume), checkpoint.open_checkpoints(workdir) as manager:
         now = fresh
         if resume:
@@ -563,10 +567,7 @@ def fit(
             except DivergedError as error:
                 kept = manager.latest_step()
                 raise DivergedError(f"{error}; the checkpoint of step {kept} is kept") from error
-        best = now
-        if (step := now.best_step) not in (None, int(now.state.step)):
-            checkpoint.wait(manager)
-            best = checkpoint.restore(manager, recipe, fresh, step=step)
+        best = checkpoint.restore_best(manager, recipe, fresh, now)
     return FitResult(
         state=best.state,
         history=now.history,

@@ -17,11 +17,9 @@ from mnist_flax import checkpoint, figures
 from mnist_flax.data import DatasetInfo, Examples
 from mnist_flax.errors import InputError
 from mnist_flax.evaluate import Evaluation
-from mnist_flax.fit import FitResult, data_mesh, initial_state
-from mnist_flax.metrics import Metrics
+from mnist_flax.fit import FitResult, data_mesh, fresh_progress
 from mnist_flax.recipes import Recipe, from_dict, to_dict
 from mnist_flax.steps import TrainState
-from mnist_flax.stopping import EarlyStopping
 from mnist_flax.workdir import write_json
 
 RESULT_FILE = "result.json"
@@ -174,13 +172,11 @@ def load_run(workdir: Path) -> Run:
         info = DatasetInfo(**dataset)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error!r}") from None
-    state = initial_state(recipe, info, steps=1, mesh=data_mesh(1))
-    like = checkpoint.Progress(state, Metrics.zero(), EarlyStopping())
+    like = fresh_progress(recipe, info, steps=1, mesh=data_mesh(1))
     with checkpoint.open_checkpoints(workdir) as manager:
         step = manager.latest_step()
         if step is None:
             raise InputError(f"there is no checkpoint in {workdir}")
         progress = checkpoint.restore(manager, recipe, like, step=step)
-        if progress.best_step not in (None, step):
-            progress = checkpoint.restore(manager, recipe, like, step=progress.best_step)
+        progress = checkpoint.restore_best(manager, recipe, like, progress)
     return Run(workdir, recipe, info, progress.state, result)

@@ -1,15 +1,42 @@
 """Strict JAX settings for every test, and the real MNIST, prepared once a session."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 import jax
 import pytest
 
-from mnist_flax.data import Splits, load_splits
+from mnist_flax.data import Examples, Splits, load_splits
+from mnist_flax.fit import fit
+from mnist_flax.model import CNNConfig
+from mnist_flax.recipes import (
+    AffineConfig,
+    OptimizerConfig,
+    PlateauConfig,
+    Recipe,
+    ScheduleConfig,
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+# A run of seconds, for what loops and checkpoints must do.
+MODEL = CNNConfig(widths=(4, 8), padding=("SAME", "VALID"), pool=(True, True), hidden=(16,))
+RECIPE = Recipe(
+    val_size=500,
+    epochs=3,
+    batch_size=50,
+    model=MODEL,
+    augment=AffineConfig(rotate=10.0, shift=0.05),
+    optimizer=OptimizerConfig(learning_rate=0.05),
+    schedule=ScheduleConfig("one_cycle", warmup=0.2),
+    plateau=PlateauConfig(patience=1),
+)
+
+
+def head(examples, count):
+    return Examples(examples.images[:count], examples.labels[:count])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,3 +61,16 @@ def data_dir(tmp_path_factory):
 def splits(data_dir) -> Splits:
     """MNIST with 55,000 training, 5,000 validation and 10,000 test examples."""
     return load_splits("mnist", val_size=5000, seed=0, data_dir=data_dir)
+
+
+@pytest.fixture(scope="session")
+def small(splits) -> Splits:
+    """1,230 training and 500 validation examples: 24 steps an epoch, and 30 left over."""
+    return dataclasses.replace(splits, train=head(splits.train, 1230), val=head(splits.val, 500))
+
+
+@pytest.fixture(scope="session")
+def whole(small, tmp_path_factory):
+    """An uninterrupted run of RECIPE, and its directory, which is not to be changed."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    return fit(RECIPE, small, workdir=workdir, progress=False), workdir

@@ -10,12 +10,13 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from conftest import RECIPE
 from hypothesis import given, settings
-from test_fit import RECIPE, after, assert_same_run, bits, head
+from test_fit import after, assert_same_run, bits
 
 from mnist_flax import checkpoint
 from mnist_flax.errors import CheckpointError, InputError, Interrupted
-from mnist_flax.fit import data_mesh, fit, initial_state
+from mnist_flax.fit import data_mesh, fit, fresh_progress
 from mnist_flax.recipes import PlateauConfig
 
 # Orbax abandons the other reads of a damaged checkpoint, and their event loop with them.
@@ -23,21 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @pytest.fixture(scope="module")
-def small(splits):
-    return dataclasses.replace(splits, train=head(splits.train, 1230), val=head(splits.val, 500))
-
-
-@pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
-    """An uninterrupted run, and its directory."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    return fit(RECIPE, small, workdir=workdir, progress=False), workdir
-
-
-@pytest.fixture(scope="module")
 def like(small):
-    state = initial_state(RECIPE, small.info, steps=24, mesh=data_mesh())
-    return checkpoint.Progress(state, checkpoint.Metrics.zero(), checkpoint.EarlyStopping())
+    return fresh_progress(RECIPE, small.info, steps=24, mesh=data_mesh())
 
 
 @pytest.fixture(scope="module")

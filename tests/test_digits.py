@@ -138,7 +138,6 @@ def test_a_line_of_digits_is_read_in_order(state, sample, tmp_path):
     line = np.zeros((60, 40 * len(chosen) + 20), np.uint8)
     for place, index in enumerate(chosen):
         line[16:44, 10 + 40 * place : 38 + 40 * place] = images[index]
-    render(line).resize((1100, 300)).save(tmp_path / "line.png")
     picture = Image.fromarray(255 - line).resize((1100, 300), Image.Resampling.BICUBIC)
     picture.save(tmp_path / "line.png")
     ink = digits.read_picture(tmp_path / "line.png")

@@ -1,6 +1,7 @@
 """experiments/train.py as its user runs it: real processes, real signals, real files."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -290,6 +291,16 @@ def test_benchmark_times_our_steps_without_peers(data_dir, tmp_path):
     names = [row["contender"] for row in result["steps"]["rows"]]
     assert names[1:] == ["mnist_flax, 1 device", "Flax, plain layers"]
     assert all(row["images_per_second"] > 0 for row in result["steps"]["rows"])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("atheris"), reason="needs mnist_flax[fuzz]")
+@pytest.mark.parametrize("target", ["archive", "recipe", "command", "picture"])
+def test_fuzzing_finds_nothing(target, tmp_path):
+    """The short form, of 300 inputs; a finding ends the process with status 77."""
+    words = [sys.executable, str(ROOT / "experiments" / "fuzz.py"), target, "-runs=300"]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "Done 300 runs" in run.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import sys
 import jax
 import numpy as np
 import pytest
+from conftest import MODEL, RECIPE, head
 
 from mnist_flax import checkpoint
-from mnist_flax.data import Examples, Splits, load_splits
+from mnist_flax.data import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluate import evaluate, predict
 from mnist_flax.fit import data_mesh, epochs, fit
@@ -20,40 +21,10 @@ from mnist_flax.recipes import (
     AffineConfig,
     OptimizerConfig,
     PlateauConfig,
-    Recipe,
     ScheduleConfig,
     StoppingConfig,
 )
 from mnist_flax.steps import eval_logits
-
-MODEL = CNNConfig(widths=(4, 8), padding=("SAME", "VALID"), pool=(True, True), hidden=(16,))
-RECIPE = Recipe(
-    val_size=500,
-    epochs=3,
-    batch_size=50,
-    model=MODEL,
-    augment=AffineConfig(rotate=10.0, shift=0.05),
-    optimizer=OptimizerConfig(learning_rate=0.05),
-    schedule=ScheduleConfig("one_cycle", warmup=0.2),
-    plateau=PlateauConfig(patience=1),
-)
-
-
-def head(examples, count):
-    return Examples(examples.images[:count], examples.labels[:count])
-
-
-@pytest.fixture(scope="module")
-def small(splits) -> Splits:
-    """1,230 training and 500 validation examples: 24 steps an epoch, and 30 left over."""
-    return dataclasses.replace(splits, train=head(splits.train, 1230), val=head(splits.val, 500))
-
-
-@pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
-    """An uninterrupted run, and its directory."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    return fit(RECIPE, small, workdir=workdir, progress=False), workdir
 
 
 def bits(state):
