@@ -5,7 +5,7 @@
 Real processes, SIGKILL. Kills land anywhere: in imports, data preparation, compilation, an epoch,
 validation, while a checkpoint or a result is being written. To expect: every kill recovered, with
 parameters, statistics, optimizer state, metrics and result.json the same, bit for bit (seconds
-aside). A hundred kills take about ten minutes on 2 cores.
+aside). A hundred kills take about a quarter of an hour on 2 cores.
 """
 
 import collections

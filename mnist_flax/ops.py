@@ -54,13 +54,13 @@ def conv(
     Give it to `nnx.Conv` as `conv_general_dilated`. Fast is a stride-1 convolution of one group
     in NHWC/HWIO order on the CPU; anything else is handed to `lax`.
 
-    - Forward (11 ms; `lax` 29): one row of zeros is added below and the extra output row dropped.
+    - Forward (9 ms; `lax` 24): one row of zeros is added below and the extra output row dropped.
       Without padding, XLA takes a path with a third of the speed. From 2 to 7 channels it is one
-      matrix product of patches (256 images of 14x14x4 to 16 channels: 0.8 ms; `lax` 1.6).
+      matrix product of patches (256 images of 14x14x4 to 16 channels: 0.8 ms; `lax` 1.4).
     - Gradient of the input (14 ms): a convolution in NHWC order by the flipped kernel. XLA brings
       convolutions into this order itself, but not inside a loop, where `lax`'s own gradients run
       in scalar code (jax-ml/jax#12868).
-    - Gradient of the kernel (17 ms; `lax` 65): one matrix product for each kernel position, of the
+    - Gradient of the kernel (13 ms; `lax` 58): one matrix product for each kernel position, of the
       output's gradient with a shifted copy of the input, over chunks that stay in cache.
 
     Returns:
