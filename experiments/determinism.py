@@ -4,7 +4,8 @@
     python experiments/determinism.py --data-dir DIR
 
 Each line is a run in a process of its own. To expect: one digest for all runs on two devices,
-whatever the processors; one for all runs on one device, of as many processors. Takes a minute and a half.
+whatever the processors; one for all runs on one device, of as many processors. Takes a
+minute and a half.
 """
 
 import dataclasses
