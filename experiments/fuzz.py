@@ -22,6 +22,7 @@ with atheris.instrument_imports(include=["mnist_flax"]):
     from mnist_flax.errors import InputError
 
 FILE = Path(tempfile.mkdtemp()) / "fuzzed"
+DEFAULT = recipes.to_dict(recipes.RECIPES["default"])
 
 
 def archive(data: bytes) -> None:
@@ -51,8 +52,7 @@ def recipe(data: bytes) -> None:
         values = json.loads(data)
     except (ValueError, RecursionError):
         return
-    default = recipes.to_dict(recipes.RECIPES["default"])
-    for candidate in (values, default | values if isinstance(values, dict) else values):
+    for candidate in (values, DEFAULT | values if isinstance(values, dict) else values):
         try:
             built = recipes.from_dict(candidate)
         except InputError:

@@ -53,18 +53,20 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def run_seeds(recipe: Recipe, command: Command) -> tuple[dict[str, Any], np.ndarray]:
+def run_seeds(
+    recipe: Recipe, *, seeds: range, data_dir: Path | None, devices: int | None
+) -> tuple[dict[str, Any], np.ndarray]:
     """Trains and tests each seed; returns a study's numbers and the accuracy of each seed."""
     from mnist_flax.data import load_splits
     from mnist_flax.evaluate import Evaluation, evaluate
     from mnist_flax.fit import data_mesh, fit
 
     splits = load_splits(
-        recipe.dataset, val_size=recipe.val_size, seed=recipe.split_seed, data_dir=command.data_dir
+        recipe.dataset, val_size=recipe.val_size, seed=recipe.split_seed, data_dir=data_dir
     )
-    mesh = data_mesh(command.devices)
+    mesh = data_mesh(devices)
     members, log_probabilities = [], []
-    for seed in range(command.first_seed, command.first_seed + command.seeds):
+    for seed in seeds:
         began = time.perf_counter()
         result = fit(dataclasses.replace(recipe, seed=seed), splits, mesh=mesh, progress=False)
         test = evaluate(result.state, splits.test)
@@ -130,7 +132,12 @@ def main(arguments):
     workdir.mkdir(parents=True, exist_ok=True)
     studies, accuracies = {}, {}
     for label, recipe in recipes.items():
-        studies[label], accuracies[label] = run_seeds(recipe, command)
+        studies[label], accuracies[label] = run_seeds(
+            recipe,
+            seeds=range(command.first_seed, command.first_seed + command.seeds),
+            data_dir=command.data_dir,
+            devices=command.devices,
+        )
     for label, study in studies.items():
         print(describe(label, study))
     summary: dict[str, Any] = {"studies": studies}

@@ -153,7 +153,8 @@ def search(recipes: list[Recipe], command: Command) -> np.ndarray:
     accuracies = np.zeros((len(recipes), command.seeds))
     for row, recipe in enumerate(recipes):
         for column in range(command.seeds):
-            member = dataclasses.replace(recipe, seed=command.first_seed + column)
+            seed = command.first_seed + column
+            member = dataclasses.replace(recipe, seed=seed, val_size=command.search_val_size)
             result = fit(member, splits, mesh=mesh, progress=False)
             # Without validation of its own the winner will end with its last epoch.
             epoch = result.best_epoch if command.recipe.val_size else len(result.history)
@@ -179,21 +180,19 @@ def main(arguments):
 
     workdir = command.workdir or Path("runs") / f"sweep-{name}"
     workdir.mkdir(parents=True, exist_ok=True)
-    searched = [dataclasses.replace(r, val_size=command.search_val_size) for r in recipes]
-    accuracies = search(searched, command)
+    accuracies = search(recipes, command)
     means = accuracies.mean(axis=1)
     best = int(means.argmax())
     for point, row in zip(tried, accuracies, strict=True):
         words = ", ".join(f"{field} {value:.4g}" for field, value in point.items())
         print(f"{words}: validation accuracy {row.mean():.3%} ({len(row)} seeds)")
-    fresh = seeds.Command(
+    first_fresh = command.first_seed + 1000
+    study, _ = seeds.run_seeds(
         recipes[best],
-        seeds=command.fresh_seeds,
-        first_seed=command.first_seed + 1000,
+        seeds=range(first_fresh, first_fresh + command.fresh_seeds),
         data_dir=command.data_dir,
         devices=command.devices,
     )
-    study, _ = seeds.run_seeds(recipes[best], fresh)
     print(seeds.describe("winner", study))
     summary = {
         "points": tried,

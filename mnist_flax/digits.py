@@ -204,7 +204,7 @@ def _digit(ink_HW, mask_HW):
     small = np.asarray(Image.fromarray(ink).resize(size, Image.Resampling.BOX), np.float32)
     small = np.clip(small / max(np.percentile(small[small > 0.1], 90), 0.3), 0, 1)
     image = np.zeros((SIDE, SIDE), np.float32)
-    y, x = (float(np.average(np.indices(small.shape)[axis], weights=small)) for axis in (0, 1))
+    y, x = np.asarray(ndimage.center_of_mass(small))
     centre = (SIDE - 1) / 2
     at_y = int(np.clip(round(centre - y), 0, SIDE - small.shape[0]))
     at_x = int(np.clip(round(centre - x), 0, SIDE - small.shape[1]))

@@ -188,8 +188,7 @@ def _one_convolution(x_BHWC, w_HWIO, padding):
         # devices as cores, the 16th step or so of a loop then loses a part of the sum in some
         # gradients (jaxlib 0.8.1 to 0.10.2; tests/test_devices.py shows it). Without padding they
         # go to YNNPACK; the barrier keeps XLA from putting the padding back.
-        x_BHWC = jnp.pad(x_BHWC, ((0, 0), *padding, (0, 0)))
-        x_BHWC = lax.optimization_barrier(x_BHWC)
+        x_BHWC = lax.optimization_barrier(_padded(x_BHWC, padding))
         top, bottom, sides = 0, 0, (0, 0)
     y = lax.conv_general_dilated(
         x_BHWC, w_HWIO, (1, 1), ((top, bottom + 1), sides), dimension_numbers=NHWC
@@ -200,7 +199,7 @@ def _one_convolution(x_BHWC, w_HWIO, padding):
 def _patch_product(x_BHWC, w_HWIO, padding):
     """Convolves by matrix products, of the patches around each pixel with the kernel."""
     I, J, C, O = w_HWIO.shape
-    x_BHWC = jnp.pad(x_BHWC, ((0, 0), *padding, (0, 0)))
+    x_BHWC = _padded(x_BHWC, padding)
     H, W = x_BHWC.shape[1] - I + 1, x_BHWC.shape[2] - J + 1
 
     def of_chunk(x, w):
@@ -261,7 +260,7 @@ def _chunked(x: jax.Array, *, row_bytes: int) -> jax.Array:
 
 def _kernel_gradient(x_BHWC, dy_BHWO, *, size, padding):
     """Sums x[b, h + i, w + j, c] * dy[b, h, w, o] over b, h and w: [I, J, C, O]."""
-    x_BHWC = jnp.pad(x_BHWC, ((0, 0), *padding, (0, 0)))
+    x_BHWC = _padded(x_BHWC, padding)
     _, H, W, O = dy_BHWO.shape
     C = x_BHWC.shape[-1]
     taps = [(i, j) for i in range(size[0]) for j in range(size[1])]
@@ -282,6 +281,11 @@ def _kernel_gradient(x_BHWC, dy_BHWO, *, size, padding):
     total = jnp.zeros((len(taps) * C, O), x_BHWC.dtype)
     total, _ = lax.scan(lambda sum_, xs: (sum_ + of_chunk(*xs), None), total, chunks)
     return total.reshape(*size, C, O)
+
+
+def _padded(x_BHWC, padding):
+    """Puts zeros around each image."""
+    return jnp.pad(x_BHWC, ((0, 0), *padding, (0, 0)))
 
 
 def _divisor(n: int, *, at_most: int) -> int:

@@ -83,7 +83,7 @@ print("agreed")
 
 # The epoch's loop as one call and as a call a step, on as many devices as the process has threads.
 DIVIDED = """
-import dataclasses, functools, sys
+import functools, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
