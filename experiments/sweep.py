@@ -13,14 +13,14 @@ import itertools
 import math
 import time
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
 
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import InputError
-from mnist_flax.recipes import Recipe, from_dict, to_dict
+from mnist_flax.recipes import TRACEABLE, Recipe, with_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,31 +117,13 @@ def points(fields: dict[str, Choice], *, draws: int, seed: int) -> list[dict[str
     return [dict(zip(fields, numbers, strict=True)) for numbers in grid]
 
 
-def with_fields(recipe: Recipe, point: dict[str, float]) -> Recipe:
-    """Returns the recipe with numeric fields changed, named with dots.
+def search(tried: list[dict[str, float]], command: Command) -> np.ndarray:
+    """Returns the validation accuracies [points, seeds]; that of a run that diverged is 0.
 
-    Raises:
-      InputError: there is no such numeric field, or it cannot have the value.
+    Points that differ only in what members of one program may differ in are trained together.
     """
-    values = to_dict(recipe)
-    for name, value in point.items():
-        *path, last = name.split(".")
-        table: Any = values
-        for part in path:
-            table = table.get(part) if isinstance(table, dict) else None
-        old = table.get(last) if isinstance(table, dict) else None
-        if isinstance(old, bool) or not isinstance(old, int | float):
-            raise InputError(f"the recipe has no number {name!r}")
-        if isinstance(old, int) and not value.is_integer():
-            raise InputError(f"{name} is {value}; it is a whole number")
-        table[last] = int(value) if isinstance(old, int) else value
-    return from_dict(values)
-
-
-def search(recipes: list[Recipe], command: Command) -> np.ndarray:
-    """Returns the validation accuracies [points, seeds]."""
     from mnist_flax.data import load_splits
-    from mnist_flax.fit import data_mesh, fit
+    from mnist_flax.members import fit_many, member_mesh
 
     splits = load_splits(
         command.recipe.dataset,
@@ -149,16 +131,29 @@ def search(recipes: list[Recipe], command: Command) -> np.ndarray:
         seed=command.recipe.split_seed,
         data_dir=command.data_dir,
     )
-    mesh = data_mesh(command.devices)
-    accuracies = np.zeros((len(recipes), command.seeds))
-    for row, recipe in enumerate(recipes):
-        for column in range(command.seeds):
-            seed = command.first_seed + column
-            member = dataclasses.replace(recipe, seed=seed, val_size=command.search_val_size)
-            result = fit(member, splits, mesh=mesh, progress=False)
-            # Without validation of its own the winner will end with its last epoch.
-            epoch = result.best_epoch if command.recipe.val_size else len(result.history)
-            accuracies[row, column] = result.history[epoch - 1]["val_accuracy"]
+    accuracies = np.zeros((len(tried), command.seeds))
+    members = list(itertools.product(range(len(tried)), range(command.seeds)))
+    apart = [name for name in tried[0] if name not in TRACEABLE]
+    for values in dict.fromkeys(tuple(point[name] for name in apart) for point in tried):
+        fixed = dict(zip(apart, values, strict=True))
+        here = [(row, seed) for row, seed in members if fixed.items() <= tried[row].items()]
+        common = with_fields(command.recipe, fixed | {"val_size": command.search_val_size})
+        result = fit_many(
+            common,
+            splits,
+            seeds=[command.first_seed + seed for _, seed in here],
+            vary={
+                name: [tried[row][name] for row, _ in here]
+                for name in tried[0]
+                if name in TRACEABLE
+            },
+            mesh=member_mesh(len(here), devices=command.devices),
+        )
+        for i, (row, seed) in enumerate(here):
+            if result.diverged[i] is None:
+                # Without validation of its own the winner will end with its last epoch.
+                epoch = result.best_epochs[i] if command.recipe.val_size else 0
+                accuracies[row, seed] = result.histories[i][epoch - 1]["val_accuracy"]
     return accuracies
 
 
@@ -180,7 +175,7 @@ def main(arguments):
 
     workdir = command.workdir or Path("runs") / f"sweep-{name}"
     workdir.mkdir(parents=True, exist_ok=True)
-    accuracies = search(recipes, command)
+    accuracies = search(tried, command)
     means = accuracies.mean(axis=1)
     best = int(means.argmax())
     for point, row in zip(tried, accuracies, strict=True):

@@ -146,7 +146,7 @@ def relu_norm_pool(
     """
     if _on_cpu():
         return _relu_norm_pool(x_BHWC, scale_C, bias_C, epsilon, window)
-    relu = jnp.maximum(x_BHWC, 0)
+    relu = nnx.relu(x_BHWC)  # whose slope at 0 is 0; that of jnp.maximum is 0.5
     mean_C, var_C = _moments(relu)
     slope_C = scale_C * lax.rsqrt(var_C + epsilon)
     y_BHWC = (relu - _to_BHWC(mean_C)) * _to_BHWC(slope_C) + _to_BHWC(bias_C)

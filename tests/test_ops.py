@@ -331,6 +331,23 @@ def test_a_batch_shared_by_two_devices_gives_the_gradients_of_one():
     assert run.stdout == "agreed\n", run.stderr
 
 
+def test_on_accelerators_a_background_of_zeros_has_the_gradient_of_the_cpu():
+    """At exactly 0 the slope of the ReLU is 0, whichever form computes it."""
+    x_BHWC = jnp.zeros((2, 4, 4, 3)).at[0, 1].set(1.0)
+
+    def total(x_BHWC):
+        ones_C = jnp.ones(3)
+        y_BHWC, _, _ = ops.relu_norm_pool(x_BHWC, ones_C, ones_C, epsilon=1e-3, window=2)
+        return (y_BHWC * jnp.arange(1.0, 4.0)[None, None, None]).sum()
+
+    here = jax.grad(total)(x_BHWC)
+    with ops.plain():
+        there = jax.grad(total)(x_BHWC)
+    assert np.abs(here).max() > 0.1
+    np.testing.assert_array_equal(there[x_BHWC == 0], 0)
+    np.testing.assert_allclose(here, there, rtol=0, atol=1e-5)
+
+
 def test_on_accelerators_the_operations_are_plain_lax(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     params, x = parameters(), normal(8, 17, 19, 1)
