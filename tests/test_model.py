@@ -68,16 +68,16 @@ def test_batch_statistics_against_numpy():
     np.testing.assert_allclose(model.features(x), pooled, rtol=2e-5, atol=2e-5)
 
 
-def test_a_separable_convolution_is_a_depthwise_and_a_pointwise_one():
+@pytest.mark.parametrize(("padding", "border"), [("VALID", 0), ("SAME", 1)])
+def test_a_separable_convolution_is_a_depthwise_and_a_pointwise_one(padding, border):
     """Each channel by its own kernel, then the matrix over channels, in numpy."""
-    for padding, border in (("VALID", 0), ("SAME", 1)):
-        conv = SeparableConv(3, 4, kernel_size=3, padding=padding, rngs=nnx.Rngs(0))
-        x = np.asarray(images(2, (6, 7, 3)), np.float64)
-        depth_IJC, point_CO = (np.asarray(p[...], np.float64) for p in (conv.depth, conv.point))
-        padded = np.pad(x, ((0, 0), (border, border), (border, border), (0, 0)))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
-        deep = np.einsum("bhwcij,ijc->bhwc", windows, depth_IJC)
-        np.testing.assert_allclose(conv(jnp.asarray(x, jnp.float32)), deep @ point_CO, atol=2e-6)
+    conv = SeparableConv(3, 4, kernel_size=3, padding=padding, rngs=nnx.Rngs(0))
+    x = np.asarray(images(2, (6, 7, 3)), np.float64)
+    depth_IJC, point_CO = (np.asarray(p[...], np.float64) for p in (conv.depth, conv.point))
+    padded = np.pad(x, ((0, 0), (border, border), (border, border), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+    deep = np.einsum("bhwcij,ijc->bhwc", windows, depth_IJC)
+    np.testing.assert_allclose(conv(jnp.asarray(x, jnp.float32)), deep @ point_CO, atol=2e-6)
 
 
 def test_separable_convolutions_start_with_the_variance_of_full_ones():
@@ -87,9 +87,15 @@ def test_separable_convolutions_start_with_the_variance_of_full_ones():
 
 def test_a_separable_network_counted_by_hand():
     config = CNNConfig(
-        widths=(8, 12), padding=("SAME", "VALID"), pool=(True, False), separable=True,
-        conv_bias=False, head="mean", hidden=(), dropout=0.0
-    )  # fmt: skip
+        widths=(8, 12),
+        padding=("SAME", "VALID"),
+        pool=(True, False),
+        separable=True,
+        conv_bias=False,
+        head="mean",
+        hidden=(),
+        dropout=0.0,
+    )
     model = CNN(config, rngs=nnx.Rngs(0))
     first, second = 9 * 8 + 2 * 8, 9 * 8 + 8 * 12 + 2 * 12
     assert count(nnx.state(model, nnx.Param)) == first + second + 12 * 10 + 10
