@@ -101,6 +101,13 @@ def test_a_separable_network_counted_by_hand():
     assert count(nnx.state(model, nnx.Param)) == first + second + 12 * 10 + 10
 
 
+@pytest.mark.parametrize(("name", "most"), [("tiny700", 700), ("tiny2k", 2000), ("tiny8k", 8000)])
+def test_the_tiny_recipes_have_few_parameters(name, most):
+    model = CNN(RECIPES[name].model, rngs=nnx.Rngs(0))
+    assert 0.9 * most < count(nnx.state(model, nnx.Param)) <= most
+    assert RECIPES[name].val_size == 0
+
+
 def test_the_mean_head_averages_what_the_flat_one_keeps():
     flat = CNNConfig(widths=(4, 6), padding=("SAME",) * 2, pool=(True, False), hidden=())
     mean = dataclasses.replace(flat, head="mean")
