@@ -133,6 +133,7 @@ def search(tried: list[dict[str, float]], command: Command) -> np.ndarray:
     )
     accuracies = np.zeros((len(tried), command.seeds))
     members = list(itertools.product(range(len(tried)), range(command.seeds)))
+    together = [name for name in tried[0] if name in TRACEABLE]
     apart = [name for name in tried[0] if name not in TRACEABLE]
     for values in dict.fromkeys(tuple(point[name] for name in apart) for point in tried):
         fixed = dict(zip(apart, values, strict=True))
@@ -142,11 +143,7 @@ def search(tried: list[dict[str, float]], command: Command) -> np.ndarray:
             common,
             splits,
             seeds=[command.first_seed + seed for _, seed in here],
-            vary={
-                name: [tried[row][name] for row, _ in here]
-                for name in tried[0]
-                if name in TRACEABLE
-            },
+            vary={name: [tried[row][name] for row, _ in here] for name in together},
             mesh=member_mesh(len(here), devices=command.devices),
         )
         for i, (row, seed) in enumerate(here):

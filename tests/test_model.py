@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mnist_flax.errors import InputError
-from mnist_flax.model import CNN, CNNConfig, feature_shape, space_to_depth
+from mnist_flax.model import CNN, CNNConfig, SeparableConv, feature_shape, space_to_depth
 from mnist_flax.recipes import RECIPES, SEED
 
 
@@ -68,6 +68,57 @@ def test_batch_statistics_against_numpy():
     np.testing.assert_allclose(model.features(x), pooled, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("padding", "border"), [("VALID", 0), ("SAME", 1)])
+def test_a_separable_convolution_is_a_depthwise_and_a_pointwise_one(padding, border):
+    """Each channel by its own kernel, then the matrix over channels, in numpy."""
+    conv = SeparableConv(3, 4, kernel_size=3, padding=padding, rngs=nnx.Rngs(0))
+    x = np.asarray(images(2, (6, 7, 3)), np.float64)
+    depth_IJC, point_CO = (np.asarray(p[...], np.float64) for p in (conv.depth, conv.point))
+    padded = np.pad(x, ((0, 0), (border, border), (border, border), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+    deep = np.einsum("bhwcij,ijc->bhwc", windows, depth_IJC)
+    np.testing.assert_allclose(conv(jnp.asarray(x, jnp.float32)), deep @ point_CO, atol=2e-6)
+
+
+def test_separable_convolutions_start_with_the_variance_of_full_ones():
+    conv = SeparableConv(64, 256, kernel_size=3, padding="SAME", rngs=nnx.Rngs(0))
+    assert np.var(conv.kernel()) == pytest.approx(2 / (3 * 3 * 64), rel=0.2)
+
+
+def test_a_separable_network_counted_by_hand():
+    config = CNNConfig(
+        widths=(8, 12),
+        padding=("SAME", "VALID"),
+        pool=(True, False),
+        separable=True,
+        conv_bias=False,
+        head="mean",
+        hidden=(),
+        dropout=0.0,
+    )
+    model = CNN(config, rngs=nnx.Rngs(0))
+    first, second = 9 * 8 + 2 * 8, 9 * 8 + 8 * 12 + 2 * 12
+    assert count(nnx.state(model, nnx.Param)) == first + second + 12 * 10 + 10
+
+
+@pytest.mark.parametrize(("name", "most"), [("tiny700", 700), ("tiny2k", 2000), ("tiny8k", 8000)])
+def test_the_tiny_recipes_have_few_parameters(name, most):
+    model = CNN(RECIPES[name].model, rngs=nnx.Rngs(0))
+    assert 0.9 * most < count(nnx.state(model, nnx.Param)) <= most
+    assert RECIPES[name].val_size == 0
+
+
+def test_the_mean_head_averages_what_the_flat_one_keeps():
+    flat = CNNConfig(widths=(4, 6), padding=("SAME",) * 2, pool=(True, False), hidden=())
+    mean = dataclasses.replace(flat, head="mean")
+    models = [CNN(config, rngs=nnx.Rngs(0)) for config in (flat, mean)]
+    kept, averaged = (model.features(images(2)) for model in models)
+    assert kept.shape == (2, 14 * 14 * 6)
+    np.testing.assert_allclose(averaged, kept.reshape(2, -1, 6).mean(1), rtol=1e-5)
+    assert models[1].head.kernel.shape == (6, 10)
+    assert models[1](images(2)).shape == (2, 10)
+
+
 def test_evaluation_changes_nothing_and_training_moves_statistics():
     model = CNN(SEED.model, rngs=nnx.Rngs(0))
     before = jax.tree.map(np.asarray, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
@@ -101,6 +152,8 @@ def test_space_to_depth_by_hand():
         ({"widths": ()}, "empty"),
         ({"pool": (True,)}, "3, 3 and 1 entries"),
         ({"padding": ("VALID", "FULL", "SAME")}, "FULL"),
+        ({"head": "max"}, "head 'max' is unknown"),
+        ({"separable": True}, "separable and conv_bias"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"dropout": float("nan")}, "dropout is nan"),
         ({"norm_momentum": 1.0}, "norm_momentum"),
