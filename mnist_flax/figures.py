@@ -287,6 +287,30 @@ def plot_response(fields: Mapping[str, ArrayLike], *, accuracies: ArrayLike, bes
     return figure
 
 
+def plot_scaling(panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]]) -> Figure:
+    """Draw speeds against sizes, both on log axes: the median of several turns, and their range.
+
+    Args:
+        panels: What the size counts, to name, to sizes [P] and images a second [P, turns]; one or
+            two names a panel.
+    """
+    figure = Figure(figsize=(3.6 * len(panels) + 0.4, 3.4), layout="constrained")
+    axes_P = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (xlabel, lines) in zip(axes_P, panels.items(), strict=True):
+        for color, (name, (sizes, speeds)) in zip((_BLUE, _RED), lines.items(), strict=False):
+            speeds = np.asarray(speeds, np.float64)
+            middle = np.median(speeds, axis=1)
+            reach = [middle - speeds.min(axis=1), speeds.max(axis=1) - middle]
+            axes.errorbar(sizes, middle, reach, fmt="o-", color=color, label=name, capsize=2)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel(xlabel, fontsize=_POINTS)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=_POINTS)
+    axes_P[0].set_ylabel("images a second", fontsize=_POINTS)
+    return figure
+
+
 def plot_reliability(
     *, edges: ArrayLike, confidence: ArrayLike, accuracy: ArrayLike, counts: ArrayLike, title: str
 ) -> Figure:

@@ -189,14 +189,21 @@ def member_recipes(
     )
 
 
-def for_each_member(fun: Callable[[Any, Any], T], *, mesh: Mesh) -> Callable[[Any, Any], T]:
+def for_each_member(
+    fun: Callable[[Any, Any], T], *, mesh: Mesh, loop: bool | None = None
+) -> Callable[[Any, Any], T]:
     """Returns `fun(member, shared)` as a function of all members' arrays, [M, ...].
 
-    `shared` is the same for all. Every device works on its own members.
+    Args:
+      fun: a function of one member's arrays and of what is the same for all.
+      mesh: the devices; each works on its own members.
+      loop: whether a device takes its members one after another instead of under `jax.vmap`; None
+        does what is faster there.
     """
+    one_by_one = jax.default_backend() == "cpu" if loop is None else loop
 
     def on_each_device(members, shared):
-        if jax.default_backend() == "cpu":
+        if one_by_one:
             return jax.lax.map(lambda member: fun(member, shared), members)
         return jax.vmap(fun, in_axes=(0, None))(members, shared)
 
@@ -263,6 +270,7 @@ def compile_programs(
     *,
     steps: int,
     mesh: Mesh,
+    loop: bool | None = None,
 ) -> Programs:
     """Compiles training and validation of all members; runs nothing.
 
@@ -277,6 +285,7 @@ def compile_programs(
       val_batches: validation, on the devices; None without.
       steps: steps in an epoch.
       mesh: the devices.
+      loop: as in `for_each_member`.
     """
     began = time.perf_counter()
 
@@ -301,7 +310,8 @@ def compile_programs(
 
     def train_all(active_M, traced, states, metrics, examples, indices_MSB, start, stop):
         members = (active_M, traced, states, metrics, indices_MSB)
-        return for_each_member(train_member, mesh=mesh)(members, (examples, start, stop))
+        train_each = for_each_member(train_member, mesh=mesh, loop=loop)
+        return train_each(members, (examples, start, stop))
 
     by_member = NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))
     active_M = jax.device_put(progress.active_M, by_member)
@@ -310,7 +320,8 @@ def compile_programs(
     with jax.set_mesh(mesh):
         train = train.lower(active_M, traced, progress.states, progress.metrics, *window).compile()
         if val_batches is not None:
-            evaluate = jax.jit(for_each_member(eval_steps, mesh=mesh), out_shardings=by_member)
+            eval_each = for_each_member(eval_steps, mesh=mesh, loop=loop)
+            evaluate = jax.jit(eval_each, out_shardings=by_member)
             evaluate = evaluate.lower(progress.states, val_batches).compile()
     return Programs(train, evaluate, time.perf_counter() - began)
 
@@ -530,6 +541,8 @@ def fit_many(
     vary = vary or {}
     recipes = member_recipes(recipe, seeds=seeds, vary=vary)
     mesh = mesh or member_mesh(len(recipes))
+    if jax.process_count() > 1:
+        raise InputError("many members train in one process; start fewer processes, or use fit")
     if isinstance(splits.train, Records):
         raise InputError("many members need the training examples in memory: do not stream them")
     if len(recipes) % mesh.shape[MEMBER_AXIS]:

@@ -223,6 +223,42 @@ def test_seeds_reports_the_mean_of_what_it_trained(data_dir, tmp_path):
 
 
 @pytest.mark.usefixtures("splits")
+def test_an_interrupted_study_continues(data_dir, tmp_path):
+    words = [sys.executable, str(ROOT / "experiments" / "seeds.py"), *SMALL, "--epochs", "30"]
+    words += ["--seeds", "2", "--data-dir", str(data_dir), "--devices", "1"]
+    rows = tmp_path / "runs" / "seeds-default" / "members-0" / "metrics.jsonl"
+    victim = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: rows.exists() and rows.read_text(), victim)
+    victim.send_signal(signal.SIGTERM)
+    assert "continue with the same command and --resume" in victim.communicate()[1]
+    assert victim.returncode == 128 + signal.SIGTERM
+    done = len(rows.read_text().splitlines())
+    assert 0 < done < 60
+    words[words.index("30")] = "31"
+    refused = subprocess.run(
+        [*words, "--resume"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert "recipe.epochs: 30 -> 31" in refused.stderr
+    words[words.index("31")] = "30"
+    subprocess.run([*words, "--resume"], cwd=tmp_path, capture_output=True, check=True)
+    assert len(rows.read_text().splitlines()) == 60
+
+
+@pytest.mark.usefixtures("splits")
+def test_scaling_measures_every_size(data_dir, tmp_path):
+    words = [sys.executable, str(ROOT / "experiments" / "scaling.py"), "--members", "1", "2"]
+    words += ["--batches", "16", "--turns", "2", "--images", "256", "--data-dir", str(data_dir)]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "runs" / "scaling" / "scaling.json").read_text())
+    sizes = {(row["panel"], row["line"], row["size"]) for row in rows}
+    assert {("members", form, n) for form in ("one after another", "vmap") for n in (1, 2)} < sizes
+    assert all(len(row["images_per_second"]) == 2 for row in rows)
+    assert (tmp_path / "runs" / "scaling" / "scaling.png").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("splits")
 def test_sweep_chooses_on_validation_and_trains_the_winner_anew(data_dir, tmp_path):
     """At a learning rate of 1e-9 nothing is learnt, so the choice is known beforehand."""
     words = [sys.executable, str(ROOT / "experiments" / "sweep.py"), *SMALL, "--epochs", "1"]

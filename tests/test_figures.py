@@ -439,3 +439,21 @@ def test_response_shows_every_point_and_marks_the_best():
         assert best.get_xydata().tolist() == [[values[1], 90]]
     assert (left.get_xscale(), right.get_xscale()) == ("log", "linear")
     assert (left.get_xlabel(), right.get_xlabel()) == ("rate", "rotate")
+
+
+# --- plot_scaling
+
+
+def test_scaling_shows_the_median_and_the_range_of_the_turns():
+    lines = {
+        "loop": ([1, 4], [[10.0, 30.0, 20.0], [5.0, 5.0, 8.0]]),
+        "vmap": ([2], [[7.0, 7.0, 7.0]]),
+    }
+    (axes,) = figures.plot_scaling({"members": lines}).axes
+    first, second = (container.lines for container in axes.containers)
+    assert first[0].get_xydata().tolist() == [[1, 20], [4, 5]]
+    assert second[0].get_xydata().tolist() == [[2, 7]]
+    spans = [segment[:, 1].tolist() for segment in first[2][0].get_segments()]
+    assert spans == [[10, 30], [5, 8]]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert [text.get_text() for text in axes.get_legend().texts] == ["loop", "vmap"]

@@ -1,0 +1,173 @@
+"""Measure images a second against members, batch size and devices; draw them.
+
+    python experiments/scaling.py
+
+On 2 cores it takes four minutes. To expect: members that have a core each train 1.4 times as many
+images as one member on both cores; under vmap, which is for accelerators, far fewer; larger
+batches help up to some 256. Contenders take turns, so other work on the machine meets all alike.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mnist_flax import command_line, runtime
+from mnist_flax.errors import InputError
+from mnist_flax.recipes import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Options of the script.
+
+    Attributes:
+      recipe: the recipe whose steps are timed.
+      members: numbers of members, at the recipe's batch size.
+      batches: batch sizes, for one member.
+      turns: timings of each, at least 1.
+      images: how many images a timing takes at least.
+      workdir: where scaling.json and scaling.png go.
+      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    """
+
+    recipe: str = "quick"
+    members: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batches: tuple[int, ...] = (16, 64, 256, 1024)
+    turns: int = 5
+    images: int = 8192
+    workdir: Path = Path("runs/scaling")
+    data_dir: Path | None = None
+
+    def __post_init__(self):
+        if self.turns < 1:
+            raise InputError(f"turns is {self.turns}; give at least 1")
+        if min(*self.members, *self.batches, 1) < 1:
+            raise InputError("members and batches are at least 1")
+
+
+class Contender(NamedTuple):
+    """Something to time.
+
+    Attributes:
+      panel: what its size counts.
+      line: its name.
+      size: its size.
+      images: images that a run trains on, over all members.
+      run: trains.
+    """
+
+    panel: str
+    line: str
+    size: int
+    images: int
+    run: Callable[[], Any]
+
+
+def training(
+    recipe: Recipe, splits, *, members: int, devices: int, steps: int, loop: bool | None = None
+) -> Callable[[], Any]:
+    """Returns a compiled function that takes `steps` steps of `members` members, and waits."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from mnist_flax.data import epoch_order
+    from mnist_flax.fit import Window
+    from mnist_flax.members import compile_programs, fresh_progress, member_mesh, member_recipes
+
+    mesh = member_mesh(members, devices=devices)
+    recipes = member_recipes(recipe, seeds=range(members), vary={})
+    progress = fresh_progress(recipes, splits.info, steps=steps, mesh=mesh)
+    N, B = splits.train.num_examples, recipe.batch_size
+    order = functools.partial(epoch_order, num_examples=N, batch_size=B)
+    indices_MSB = jax.vmap(order)(jax.random.split(jax.random.key(0), members))[:, :steps]
+    by_batch = NamedSharding(mesh, PartitionSpec("member", None, "data"))
+    train = jax.device_put(splits.train, NamedSharding(mesh, PartitionSpec()))
+    window = Window(train, jax.device_put(indices_MSB, by_batch), 0, steps)
+    program = compile_programs(
+        recipe, progress, {}, window, None, steps=steps, mesh=mesh, loop=loop
+    ).train
+    everyone = jax.device_put(progress.active_M, NamedSharding(mesh, PartitionSpec("member")))
+
+    def run():
+        states = jax.tree.map(jnp.copy, progress.states)
+        return jax.block_until_ready(program(everyone, {}, states, progress.metrics, *window))
+
+    return run
+
+
+def contenders(command: Command, recipe: Recipe, splits) -> list[Contender]:
+    """Returns everything to time, compiled."""
+    import jax
+
+    cores = len(jax.devices())
+    made = []
+
+    def add(panel, line, size, *, members=1, devices=cores, batch=recipe.batch_size, loop=None):
+        steps = max(1, command.images // (members * batch))
+        sized = dataclasses.replace(recipe, batch_size=batch)
+        run = training(sized, splits, members=members, devices=devices, steps=steps, loop=loop)
+        made.append(Contender(panel, line, size, steps * members * batch, run))
+
+    for members in command.members:
+        add("members", "one after another", members, members=members, loop=True)
+        add("members", "vmap", members, members=members, loop=False)
+    for batch in command.batches:
+        add("images in a batch", "1 device", batch, devices=1, batch=batch)
+        if cores > 1:
+            add("images in a batch", f"{cores} devices", batch, batch=batch)
+    for devices in range(1, cores + 1):
+        if recipe.batch_size % devices == 0:
+            add("devices", "one member", devices, devices=devices)
+        add("devices", "a member a device", devices, members=devices, devices=devices)
+    return made
+
+
+def time_turns(made: list[Contender], *, turns: int) -> list[list[float]]:
+    """Returns each contender's images a second, a number a turn, after one run to warm up."""
+    speeds: list[list[float]] = [[] for _ in made]
+    for contender in made:
+        contender.run()
+    for _ in range(turns):
+        for contender, measured in zip(made, speeds, strict=True):
+            began = time.perf_counter()
+            contender.run()
+            measured.append(contender.images / (time.perf_counter() - began))
+    return speeds
+
+
+def main(arguments):
+    """Prints a table, writes scaling.json and scaling.png."""
+    command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
+    recipe = dataclasses.replace(command_line.named_recipe(command.recipe), val_size=0)
+    runtime.configure(cpu_devices=runtime.share_cores(recipe.batch_size))
+
+    import numpy as np
+
+    from mnist_flax.data import load_splits
+    from mnist_flax.figures import plot_scaling, save_figure
+    from mnist_flax.workdir import write_json
+
+    splits = load_splits(recipe.dataset, val_size=0, data_dir=command.data_dir)
+    made = contenders(command, recipe, splits)
+    speeds = time_turns(made, turns=command.turns)
+    rows, panels = [], {}
+    for contender, measured in zip(made, speeds, strict=True):
+        panel, line, size = contender[:3]
+        middle = float(np.median(measured))
+        print(f"{panel} {size}, {line}: {middle:,.0f} images/s")
+        rows.append({"panel": panel, "line": line, "size": size, "images_per_second": measured})
+        sizes, values = panels.setdefault(panel, {}).setdefault(line, ([], []))
+        sizes.append(size)
+        values.append(measured)
+    command.workdir.mkdir(parents=True, exist_ok=True)
+    write_json(command.workdir / "scaling.json", rows)
+    save_figure(plot_scaling(panels), command.workdir / "scaling.png")
+    print(f"written to {command.workdir}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
