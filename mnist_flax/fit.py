@@ -51,7 +51,7 @@ from mnist_flax.steps import (
     train_step,
 )
 from mnist_flax.stopping import EarlyStopping
-from mnist_flax.workdir import RECIPE_FILE, MetricsLog, NoLog, claim, write_json
+from mnist_flax.workdir import LOCK_FILE, RECIPE_FILE, MetricsLog, NoLog, claim, write_json
 
 # Examples a batch of validation, rounded up to a multiple of the devices.
 EVAL_BATCH = 500
@@ -570,6 +570,8 @@ def fit(
                 check_same_recipe(workdir, recipe)
             if first:
                 held.enter_context(claim(workdir, resume=resume))
+        with hosts.all_or_none():
+            check_shared(workdir)
         steps = num_train(splits) // recipe.batch_size
         fresh = fresh_progress(recipe, splits.info, steps=steps, mesh=mesh)
         manager = held.enter_context(checkpoint.open_checkpoints(workdir))
@@ -624,6 +626,19 @@ def after_epoch(progress: Progress, result: EpochResult, *, zero: Metrics) -> Pr
         stopping=stopping,
         history=(*progress.history, result.row()),
     )
+
+
+def check_shared(workdir: Path) -> None:
+    """Checks that process 0's claim on `workdir` is seen here; Orbax would wait for it for ever.
+
+    Raises:
+      InputError: it is not.
+    """
+    if not (workdir / LOCK_FILE).exists():
+        raise InputError(
+            f"{workdir} is not the directory that process 0 made; give one on a file system that "
+            "all processes share"
+        )
 
 
 def check_same_recipe(workdir: Path, recipe: Recipe) -> None:
