@@ -398,7 +398,7 @@ def epochs(
       start_metrics: the metrics so far of the epoch that `start` is in; None at its start.
       mesh: the devices, with an axis "data" over which batches are shared; None takes all.
       progress: whether to draw a progress bar.
-      interrupted: asked now and then; once it returns True, training stops.
+      interrupted: asked now and then; once it returns True, in any process, training stops.
 
     Raises:
       InputError: the recipe cannot train on these splits or devices.

@@ -107,7 +107,7 @@ def is_first() -> bool:
 def agree(*values: bool) -> tuple[bool, ...]:
     """Returns for each value whether it is true on any process.
 
-    All processes call it as often as each other; it waits for the slowest.
+    All processes call it as often as each other. It waits for the slowest, and for the device.
     """
     if jax.process_count() == 1:
         return values

@@ -21,7 +21,7 @@ from mnist_flax.hosts import HEARTBEAT_SECONDS, initialize
 from mnist_flax.results import digest, load_run
 
 TRAIN = str(Path(__file__).parents[1] / "experiments" / "train.py")
-# 50 steps an epoch.
+# 100 steps an epoch, which take longer than writing a checkpoint.
 SMALL = "--val-size 200 --epochs 3 --batch-size 50 --model.widths 4 8 --model.padding SAME VALID"
 SMALL += " --model.pool True True --model.hidden 16 --model.dropout 0.2"
 # As many threads in XLA, whatever the machine, in one process and in two.
@@ -115,9 +115,9 @@ def rows(workdir):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """2,500 training, 200 validation and 200 test examples, prepared."""
+    """5,000 training, 200 validation and 200 test examples, prepared."""
     directory = tmp_path_factory.mktemp("job")
-    archives = write_subset(directory / "archives", num_train=2700, num_test=200)
+    archives = write_subset(directory / "archives", num_train=5200, num_test=200)
     load_splits("mnist", val_size=200, data_dir=directory / "data", archives=archives)
     places = ("--data-dir", str(directory / "data"), "--archives", str(archives))
     return Job(directory, (*SMALL.split(), *places))
@@ -153,10 +153,10 @@ def test_the_bits_are_those_of_one_process(streamed, alone):
 
 def test_each_process_reads_only_its_shard_of_the_stream(streamed):
     _, read = streamed
-    assert [indices.shape for indices in read] == [(150, 25)] * 2
+    assert [indices.shape for indices in read] == [(300, 25)] * 2
     both_SB = np.concatenate(read, axis=1)
-    for epoch_SB in both_SB.reshape(3, 50, 50):
-        assert np.array_equal(np.sort(epoch_SB, axis=None), np.arange(2500))
+    for epoch_SB in both_SB.reshape(3, 100, 50):
+        assert np.array_equal(np.sort(epoch_SB, axis=None), np.arange(5000))
 
 
 def test_process_0_alone_writes_but_for_checkpoints(streamed):
@@ -171,7 +171,8 @@ def test_process_0_alone_writes_but_for_checkpoints(streamed):
 def test_a_lost_process_ends_the_job_and_resuming_ends_with_the_same_bits(job, alone):
     workdir = job.directory / "lost"
     processes = job.start("--workdir", "lost")
-    wait_for((workdir / "checkpoints" / "50").exists, processes)
+    wait_for((workdir / "checkpoints" / "100").exists, processes)
+    time.sleep(0.1)  # all know that it is written, and train
     processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     statuses, errors = ends(processes)
