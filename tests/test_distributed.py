@@ -55,14 +55,17 @@ class Job:
     directory: Path
     options: tuple[str, ...]
 
-    def start(self, *words: str, processes: int = 2, program=(TRAIN,)) -> list[subprocess.Popen]:
-        """Starts processes that are one job; what the later ones write has another mode."""
+    def start(self, *words: str, program=(TRAIN,), other=".") -> list[subprocess.Popen]:
+        """Starts two processes that are one job; what the second one writes has another mode.
+
+        It works in the directory `other`.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         job = {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_NUM_PROCESSES": "2",
         }
         arguments = [*self.options, "--distributed", *words]
         return [
@@ -73,9 +76,9 @@ class Job:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                cwd=self.directory,
+                cwd=self.directory / (other if index else "."),
             )
-            for index in range(processes)
+            for index in range(2)
         ]
 
     def alone(self, *words: str) -> None:
@@ -205,6 +208,14 @@ def test_all_processes_end_where_one_refuses(job, alone):
     assert "holds a run" in lines[0]
     assert lines[0].startswith("error: ")
     assert lines[1].startswith("error: another process of the job refused")
+
+
+def test_a_directory_that_is_not_shared_is_refused(job, tmp_path):
+    statuses, errors = ends(job.start("--workdir", "unshared", other=tmp_path))
+    assert statuses == [2, 2]
+    assert "on a file system that all processes share" in errors[1].splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+    assert os.listdir(job.directory / "unshared") == [".lock"]
 
 
 @pytest.mark.parametrize(
