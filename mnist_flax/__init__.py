@@ -5,6 +5,7 @@ from mnist_flax.data import Examples, Splits, load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluate import Evaluation, evaluate, predict
 from mnist_flax.fit import EpochResult, FitResult, epochs, fit
+from mnist_flax.members import MembersResult, evaluate_many, fit_many
 from mnist_flax.metrics import Metrics
 from mnist_flax.model import CNN, CNNConfig
 from mnist_flax.recipes import RECIPES, Recipe
@@ -23,6 +24,7 @@ __all__ = [
     "FitResult",
     "InputError",
     "Interrupted",
+    "MembersResult",
     "Metrics",
     "Recipe",
     "Splits",
@@ -31,7 +33,9 @@ __all__ = [
     "epochs",
     "eval_step",
     "evaluate",
+    "evaluate_many",
     "fit",
+    "fit_many",
     "load_splits",
     "predict",
     "random_affine",

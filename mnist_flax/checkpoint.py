@@ -10,9 +10,9 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +28,8 @@ CHECKPOINT_DIR = "checkpoints"
 ITEM = "progress"
 # One to continue from, and one more for when that is damaged.
 KEEP_LATEST = 2
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -100,24 +102,49 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 
 def save(manager: ocp.CheckpointManager, recipe: Recipe, progress: Progress) -> None:
-    """Saves a checkpoint under the state's step; returns once the arrays are copied.
+    """Saves a run's progress under the state's step; returns once the arrays are copied.
+
+    Raises:
+      CheckpointError: it, or the checkpoint before it, could not be written.
+    """
+    record = {"stopping": dataclasses.asdict(progress.stopping), "history": progress.history}
+    write(
+        manager,
+        to_dict(recipe),
+        step=int(progress.state.step),
+        arrays=_arrays(progress),
+        record=record,
+        best_step=progress.best_step,
+    )
+
+
+def write(
+    manager: ocp.CheckpointManager,
+    recipe: dict[str, Any],
+    *,
+    step: int,
+    arrays: Any,
+    record: dict[str, Any],
+    best_step: int | None = None,
+) -> None:
+    """Writes a checkpoint; returns once the arrays are copied.
+
+    Args:
+      manager: where it goes.
+      recipe: what is being trained, as JSON values: only the same may continue.
+      step: the steps taken.
+      arrays: a pytree of arrays, none of them keys.
+      record: whatever else belongs to it, as JSON values.
+      best_step: the step of an earlier checkpoint that is to be kept too.
 
     Raises:
       CheckpointError: it, or the one before it, could not be written.
     """
-    arrays = _arrays(progress)
-    run = json.dumps(
-        {
-            "recipe": to_dict(recipe),
-            "stopping": dataclasses.asdict(progress.stopping),
-            "history": progress.history,
-        }
-    )
+    run = json.dumps({"recipe": recipe, **record})
     item = {"arrays": arrays, "run": run, "digest": _digest(arrays, run)}
-    best = {"best_step": progress.best_step}
     with _one_error(manager):
         args = ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(item)})
-        manager.save(int(progress.state.step), args=args, metrics=best)
+        manager.save(step, args=args, metrics={"best_step": best_step})
 
 
 @contextlib.contextmanager
@@ -136,20 +163,19 @@ def _one_error(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def newest_sound(
-    manager: ocp.CheckpointManager, recipe: Recipe, like: Progress, *, strict: bool
-) -> Progress | None:
-    """Restores the newest checkpoint that is whole, and so is the best one that it names.
+    manager: ocp.CheckpointManager, restore: Callable[[int], T], *, strict: bool
+) -> T | None:
+    """Restores the newest checkpoint that is whole.
 
     Damaged ones are logged and deleted: the run will write them again, to the same bits.
 
     Args:
       manager: the run's checkpoints.
-      recipe: as in `restore`.
-      like: as in `restore`.
+      restore: restores the checkpoint of a step, or raises.
       strict: refuse where the newest is damaged.
 
     Returns:
-      The restored progress; None where no checkpoint is left.
+      What `restore` returned; None where no checkpoint is left.
 
     Raises:
       InputError: the checkpoint belongs to another recipe.
@@ -157,15 +183,25 @@ def newest_sound(
     """
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            progress = restore(manager, recipe, like, step=step)
-            restore_best(manager, recipe, like, progress)
-            return progress
+            return restore(step)
         except CheckpointError as error:
             if strict:
                 raise
             log.warning("%s; going back to the one before", error)
             manager.delete(step)
     return None
+
+
+def restore_with_best(
+    manager: ocp.CheckpointManager, recipe: Recipe, like: Progress, *, step: int
+) -> Progress:
+    """Restores the checkpoint of a step, if the best one that it names is whole too.
+
+    Arguments and errors are as in `restore`.
+    """
+    progress = restore(manager, recipe, like, step=step)
+    restore_best(manager, recipe, like, progress)
+    return progress
 
 
 def restore_best(
@@ -184,7 +220,7 @@ def restore_best(
 def restore(
     manager: ocp.CheckpointManager, recipe: Recipe, like: Progress, *, step: int
 ) -> Progress:
-    """Restores the checkpoint of a step.
+    """Restores a run's progress.
 
     Args:
       manager: the run's checkpoints.
@@ -196,26 +232,46 @@ def restore(
       InputError: the checkpoint belongs to another recipe.
       CheckpointError: it is not there, or not what was saved.
     """
+    arrays, record = read(manager, to_dict(recipe), step=step, like=_arrays(like))
+    return Progress(
+        state=with_arrays(like.state, arrays["state"]),
+        metrics=arrays["metrics"],
+        stopping=EarlyStopping(**record["stopping"]),
+        history=tuple(record["history"]),
+    )
+
+
+def read(
+    manager: ocp.CheckpointManager, recipe: dict[str, Any], *, step: int, like: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Reads what `write` wrote.
+
+    Args:
+      manager: where it is.
+      recipe: as in `write`.
+      step: as in `write`.
+      like: arrays whose tree, shapes and shardings are taken.
+
+    Returns:
+      The arrays and the record.
+
+    Raises:
+      InputError: the checkpoint belongs to another recipe.
+      CheckpointError: it is not there, or not what was saved.
+    """
     where = f"the checkpoint of step {step} in {manager.directory}"
     run = _restore(manager, step, {"run": "", "digest": ""}, where)
     try:
         contents = json.loads(run["run"])
-        lines = differences(contents["recipe"], to_dict(recipe))
+        lines = differences(contents["recipe"], recipe)
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{where} is damaged: its record cannot be read") from None
     if lines:
         raise InputError(f"{where} belongs to another recipe ({'; '.join(lines)})")
-    arrays = _restore(manager, step, {"arrays": _arrays(like)}, where)["arrays"]
+    arrays = _restore(manager, step, {"arrays": like}, where)["arrays"]
     if _digest(arrays, run["run"]) != run["digest"]:
         raise CheckpointError(f"{where} is damaged: its digest is not that of its contents")
-    arrays = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), arrays, _arrays(like))
-    arrays["state"]["key"] = jax.random.wrap_key_data(arrays["state"]["key"])
-    return Progress(
-        state=dataclasses.replace(like.state, **arrays["state"]),
-        metrics=arrays["metrics"],
-        stopping=EarlyStopping(**contents["stopping"]),
-        history=tuple(contents["history"]),
-    )
+    return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), arrays, like), contents
 
 
 def _digest(arrays: Any, run: str) -> str:
@@ -227,14 +283,23 @@ def _digest(arrays: Any, run: str) -> str:
 
 
 def _arrays(progress: Progress) -> dict[str, Any]:
-    """Returns the arrays of a checkpoint; keys as their data, which every backend can store."""
-    state = {
-        field.name: getattr(progress.state, field.name)
+    """Returns the arrays of a run's checkpoint."""
+    return {"state": state_arrays(progress.state), "metrics": progress.metrics}
+
+
+def state_arrays(state: TrainState) -> dict[str, Any]:
+    """Returns a state's arrays by field; keys as their data, which every backend can store."""
+    arrays = {
+        field.name: getattr(state, field.name)
         for field in dataclasses.fields(TrainState)
         if not field.metadata.get("static")
     }
-    state["key"] = jax.random.key_data(state["key"])
-    return {"state": state, "metrics": progress.metrics}
+    return arrays | {"key": jax.random.key_data(state.key)}
+
+
+def with_arrays(like: TrainState, arrays: dict[str, Any]) -> TrainState:
+    """Returns the state whose `state_arrays` are `arrays`, with the static parts of `like`."""
+    return dataclasses.replace(like, **arrays | {"key": jax.random.wrap_key_data(arrays["key"])})
 
 
 def _restore(

@@ -35,6 +35,6 @@ class Interrupted(Exception):
     """
 
     def __init__(self, state: Any, metrics: Any):
-        super().__init__(f"training was interrupted after step {int(state.step)}")
+        super().__init__(f"training was interrupted after step {state.step.max()}")
         self.state = state
         self.metrics = metrics

@@ -178,7 +178,8 @@ def risk_coverage(evaluation: Evaluation) -> RiskCoverage:
 
 
 @jax.jit
-def _batched_logits(state: TrainState, images_SBHWC: jax.Array) -> jax.Array:
+def batched_logits(state: TrainState, images_SBHWC: jax.Array) -> jax.Array:
+    """Returns logits [S, B, K] of stacked batches."""
     return jax.lax.map(lambda images_BHWC: eval_logits(state, images_BHWC), images_SBHWC)
 
 
@@ -187,7 +188,7 @@ def predict(state: TrainState, images_NHWC: np.ndarray | jax.Array) -> np.ndarra
     N = len(images_NHWC)
     padded = Examples(np.asarray(images_NHWC), np.zeros(N, np.int32))
     batches = eval_batches(padded, batch_size=min(N, EVAL_BATCH))
-    logits_SBK = np.asarray(_batched_logits(state, batches.images))
+    logits_SBK = np.asarray(batched_logits(state, batches.images))
     return logits_SBK.reshape(-1, logits_SBK.shape[-1])[:N]
 
 

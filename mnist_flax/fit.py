@@ -33,12 +33,13 @@ from mnist_flax.data import (
 )
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.metrics import Metrics
+from mnist_flax.ops import BATCH_AXIS
 from mnist_flax.recipes import (
     Recipe,
     differences,
-    make_augment,
     recipe_schedule,
     recipe_state,
+    step_options,
     to_dict,
 )
 from mnist_flax.steps import (
@@ -123,11 +124,19 @@ def data_mesh(devices: int | None = None) -> Mesh:
     Raises:
       InputError: there are fewer devices.
     """
+    return Mesh(first_devices(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def first_devices(devices: int | None) -> np.ndarray:
+    """Returns the first `devices` devices, or all.
+
+    Raises:
+      InputError: there are fewer.
+    """
     present = jax.devices()
     if devices is not None and not 1 <= devices <= len(present):
         raise InputError(f"devices is {devices}; this process has {len(present)}")
-    chosen = np.array(present[:devices])
-    return Mesh(chosen, ("data",), axis_types=(AxisType.Auto,))
+    return np.array(present[:devices])
 
 
 def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh) -> None:
@@ -141,9 +150,9 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh) -> None:
             f"batch_size is {recipe.batch_size}, larger than the {num_train(splits)} "
             "training examples; give a smaller one"
         )
-    if recipe.batch_size % mesh.size:
+    if recipe.batch_size % (sharing := mesh.shape[BATCH_AXIS]):
         raise InputError(
-            f"batch_size is {recipe.batch_size}, which {mesh.size} devices cannot share evenly; "
+            f"batch_size is {recipe.batch_size}, which {sharing} devices cannot share evenly; "
             "give a multiple, or fewer devices"
         )
     if len(splits.val.labels) != recipe.val_size:
@@ -183,7 +192,8 @@ def train_steps(
     stop: jax.Array,
     *,
     augment: Augment | None,
-    label_smoothing: float,
+    label_smoothing: float | jax.Array,
+    dropout_rate: float | jax.Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes the steps `start` to `stop` of an epoch, as one program.
 
@@ -200,6 +210,7 @@ def train_steps(
       stop: the batch after the last.
       augment: as in `train_step`.
       label_smoothing: as in `train_step`.
+      dropout_rate: as in `train_step`.
     """
 
     def body(row, carry):
@@ -207,7 +218,11 @@ def train_steps(
         chosen = row if indices_SB is None else indices_SB[row]
         batch = jax.tree.map(lambda a: a[chosen], examples)
         state, step_metrics = train_step(
-            state, batch, augment=augment, label_smoothing=label_smoothing
+            state,
+            batch,
+            augment=augment,
+            label_smoothing=label_smoothing,
+            dropout_rate=dropout_rate,
         )
         return state, metrics.merge(step_metrics)
 
@@ -236,8 +251,8 @@ Feed = Callable[[int, int], Window]
 
 
 def resident_feed(examples: Examples, indices_SB: jax.Array) -> Feed:
-    """Feeds an epoch from examples that are all on the device."""
-    steps = indices_SB.shape[0]
+    """Feeds an epoch from examples that are all on the device, by indices [..., S, B]."""
+    steps = indices_SB.shape[-2]
 
     def feed(done: int, wanted: int) -> Window:
         return Window(examples, indices_SB, done, min(done + wanted, steps))
@@ -257,7 +272,7 @@ def streamed_feed(records: Records, indices_SB: jax.Array, *, start: int, mesh: 
     batches = stream_batches(records, own_SB, start=start)
     own = own_SB.shape[1]
     blank = Examples(np.zeros((own, *records.image_shape), np.uint8), np.zeros(own, np.int32))
-    by_batch = NamedSharding(mesh, PartitionSpec(None, "data"))
+    by_batch = NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS))
 
     def put(own_SB: np.ndarray) -> jax.Array:
         shape = (STREAM_STEPS, B, *own_SB.shape[2:])
@@ -297,9 +312,7 @@ def compile_programs(
 ) -> Programs:
     """Compiles training and validation for arrays like these, on a mesh; runs nothing."""
     began = time.perf_counter()
-    steps_of_epoch = functools.partial(
-        train_steps, augment=make_augment(recipe), label_smoothing=recipe.label_smoothing
-    )
+    steps_of_epoch = functools.partial(train_steps, **step_options(recipe))
     everywhere = jax.tree.map(lambda array: array.sharding, (state, metrics))
     train = jax.jit(steps_of_epoch, donate_argnums=0, out_shardings=everywhere)
     evaluate = None
@@ -318,16 +331,16 @@ def train_epoch(
     *,
     done: int,
     steps: int,
-    bar: tqdm,
+    show: Callable[[Metrics], None],
     interrupted: Callable[[], bool],
 ) -> tuple[TrainState, Metrics]:
     """Takes the steps `done` to `steps` of an epoch; the arrays of `state` stay valid.
 
-    The device works on one call while the host reads the metrics of the call before, and calls
-    grow until each takes about CALL_SECONDS. Processes agree on every call.
+    The device works on one call while the host reads the metrics of the call before (`show` waits
+    for them), and calls grow until each takes about CALL_SECONDS. Processes agree on every call.
 
     Raises:
-      DivergedError: the loss is not finite.
+      DivergedError: `show` raised it.
       Interrupted: `interrupted()` became true before the epoch's last step.
     """
     state = jax.tree.map(jnp.copy, state)
@@ -337,13 +350,13 @@ def train_epoch(
         previous = metrics
         state, metrics = programs.train(state, previous, *window)
         done += window.stop - window.start
-        show(bar, previous)
+        show(previous)
         elapsed, looked = time.perf_counter() - looked, time.perf_counter()
         slow, stop = hosts.agree(elapsed > CALL_SECONDS, interrupted())
         wanted = max(1, wanted // 2 if slow else wanted * 2)
         if stop and done < steps:
             raise Interrupted(state, metrics)
-    show(bar, metrics)
+    show(metrics)
     return state, metrics
 
 
@@ -409,7 +422,7 @@ def epochs(
     check_fits(recipe, splits, mesh=mesh)
     steps = num_train(splits) // recipe.batch_size
     everywhere = NamedSharding(mesh, PartitionSpec())
-    by_batch = NamedSharding(mesh, PartitionSpec(None, "data"))
+    by_batch = NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS))
     state = start
     if state is None:
         state = initial_state(recipe, splits.info, steps=steps, mesh=mesh)
@@ -417,8 +430,7 @@ def epochs(
     metrics = zero if start_metrics is None else start_metrics
     val_batches = None
     if recipe.val_size:
-        batch_size = -(-EVAL_BATCH // mesh.size) * mesh.size
-        val_batches = place(eval_batches(splits.val, batch_size=batch_size), by_batch)
+        val_batches = validation_batches(splits.val, mesh=mesh)
     train = splits.train
     if not isinstance(train, Records):
         train = place(train, everywhere)
@@ -458,7 +470,7 @@ def epochs(
                 feed,
                 done=done,
                 steps=steps,
-                bar=bar,
+                show=functools.partial(show, bar),
                 interrupted=interrupted,
             )
         require_finite(norm(state.params), "norm of the parameters")
@@ -498,17 +510,26 @@ def place(examples: Examples, sharding: NamedSharding) -> Examples:
     )
 
 
+def validation_batches(val: Examples, *, mesh: Mesh) -> Examples:
+    """Returns validation on the devices, images [S, B, H, W, C], each batch shared."""
+    sharing = mesh.shape[BATCH_AXIS]
+    batches = eval_batches(val, batch_size=-(-EVAL_BATCH // sharing) * sharing)
+    return place(batches, NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS)))
+
+
 def num_train(splits: Splits) -> int:
     """Returns the number of training examples, resident or streamed."""
     return len(splits.train) if isinstance(splits.train, Records) else len(splits.train.labels)
 
 
-def epoch_bar(recipe: Recipe, *, epoch: int, steps: int, done: int, shown: bool) -> tqdm:
+def epoch_bar(
+    recipe: Recipe, *, epoch: int, steps: int, done: int, shown: bool, members: int = 1
+) -> tqdm:
     """Returns a progress bar over an epoch's images, `done` steps of which lie behind."""
     return tqdm(
         desc=f"epoch {epoch}/{recipe.epochs}",
-        total=steps * recipe.batch_size,
-        initial=done * recipe.batch_size,
+        total=steps * recipe.batch_size * members,
+        initial=done * recipe.batch_size * members,
         unit=" images",
         unit_scale=True,
         disable=not shown,
@@ -567,7 +588,7 @@ def fit(
         with hosts.all_or_none():
             check_fits(recipe, splits, mesh=mesh)
             if resume:
-                check_same_recipe(workdir, recipe)
+                check_same_recipe(workdir, to_dict(recipe))
             if first:
                 held.enter_context(claim(workdir, resume=resume))
         with hosts.all_or_none():
@@ -577,7 +598,9 @@ def fit(
         manager = held.enter_context(checkpoint.open_checkpoints(workdir))
         now = fresh
         if resume:
-            now = checkpoint.newest_sound(manager, recipe, fresh, strict=strict) or fresh
+            sound = functools.partial(checkpoint.restore_with_best, manager, recipe, fresh)
+            now = checkpoint.newest_sound(manager, lambda step: sound(step=step), strict=strict)
+            now = now or fresh
         if first:
             write_json(workdir / RECIPE_FILE, to_dict(recipe))
         with contextlib.closing(MetricsLog(workdir, now.history) if first else NoLog()) as log:
@@ -641,12 +664,12 @@ def check_shared(workdir: Path) -> None:
         )
 
 
-def check_same_recipe(workdir: Path, recipe: Recipe) -> None:
-    """Checks that the run in `workdir`, if there is one, is of this recipe.
+def check_same_recipe(workdir: Path, recipe: dict[str, Any]) -> None:
+    """Checks that the run in `workdir`, if there is one, is of this recipe, as JSON values.
 
     Raises:
       InputError: it is of another; the differing fields are named.
     """
     path = workdir / RECIPE_FILE
-    if path.exists() and (lines := differences(json.loads(path.read_text()), to_dict(recipe))):
+    if path.exists() and (lines := differences(json.loads(path.read_text()), recipe)):
         raise InputError(f"the run in {workdir} has another recipe ({'; '.join(lines)})")

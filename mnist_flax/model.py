@@ -7,6 +7,7 @@ import itertools
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from mnist_flax import ops
@@ -111,9 +112,20 @@ def relu_norm_pool(norm: Any, inputs_BHWC: jax.Array, *, pool: bool, train: bool
     outputs_BHWC, mean_C, var_C = ops.relu_norm_pool(
         inputs_BHWC, norm.scale[...], norm.bias[...], epsilon=norm.epsilon, window=window
     )
+    # Apart from what comes before, so that XLA rounds them alike in every program.
+    mean_C, var_C = jax.lax.optimization_barrier((mean_C, var_C))
     norm.mean[...] = norm.momentum * norm.mean[...] + (1 - norm.momentum) * mean_C
     norm.var[...] = norm.momentum * norm.var[...] + (1 - norm.momentum) * var_C
     return outputs_BHWC
+
+
+def dropout(key: jax.Array, x: jax.Array, *, rate: float | jax.Array) -> jax.Array:
+    """Zeroes each element with probability `rate`, in [0, 1), and divides the others by `1 - rate`.
+
+    `nnx.Dropout`, bit for bit, but the rate may be traced: members of a study may differ in it.
+    """
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0)
 
 
 class CNN(nnx.Module):
@@ -168,7 +180,6 @@ class CNN(nnx.Module):
                 for n_in, n_out in itertools.pairwise(sizes)
             ]
         )
-        self.dropout = nnx.Dropout(config.dropout)
         self.head = nnx.Linear(sizes[-1], num_classes, rngs=rngs)
 
     def features(self, images_BHWC: jax.Array, *, train: bool = False) -> jax.Array:
@@ -187,14 +198,28 @@ class CNN(nnx.Module):
         return x
 
     def __call__(
-        self, images_BHWC: jax.Array, *, train: bool = False, key: jax.Array | None = None
+        self,
+        images_BHWC: jax.Array,
+        *,
+        train: bool = False,
+        key: jax.Array | None = None,
+        dropout_rate: float | jax.Array | None = None,
     ) -> jax.Array:
         """Returns logits [B, K].
 
         Args:
           images_BHWC: float images in [0, 1].
           train: whether BatchNorm uses (and records) batch statistics and Dropout is on.
-          key: Dropout's key; needed where `train` is set and the dropout rate is above 0.
+          key: Dropout's key; needed where `train` is set and the dropout rate is not 0.0.
+          dropout_rate: in [0, 1), instead of the architecture's; may be traced.
+
+        Raises:
+          InputError: Dropout is on, and there is no key.
         """
         features_BF = self.features(images_BHWC, train=train)
-        return self.head(self.dropout(features_BF, deterministic=not train, rngs=key))
+        rate = self.config.dropout if dropout_rate is None else dropout_rate
+        if train and (isinstance(rate, jax.Array) or rate > 0):
+            if key is None:
+                raise InputError(f"Dropout of {rate} needs a key in training; give one")
+            features_BF = dropout(key, features_BF, rate=rate)
+        return self.head(features_BF)

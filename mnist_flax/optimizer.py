@@ -18,7 +18,7 @@ START_FRACTION = 0.1
 def make_schedule(
     name: ScheduleName,
     *,
-    peak: float,
+    peak: float | jax.Array,
     steps_per_epoch: int,
     epochs: int,
     decay: float = 1.0,
@@ -77,10 +77,10 @@ def make_optimizer(
     name: OptimizerName,
     *,
     learning_rate: optax.Schedule,
-    weight_decay: float = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     momentum: float = 0.0,
     nesterov: bool = True,
-    adam_ratio: float = 1.0,
+    adam_ratio: float | jax.Array = 1.0,
 ) -> optax.GradientTransformation:
     """Returns the optimizer; weight decay is decoupled and spares biases and BatchNorm.
 

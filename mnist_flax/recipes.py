@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -245,6 +247,32 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return lines
 
 
+def get_field(recipe: Recipe, name: str) -> Any:
+    """Returns the value of a field named with dots, which must exist."""
+    return functools.reduce(getattr, name.split("."), recipe)
+
+
+def with_fields(recipe: Recipe, values: Mapping[str, float]) -> Recipe:
+    """Returns the recipe with some of its numbers changed, named with dots.
+
+    Raises:
+      InputError: there is no such number, or it cannot have the value.
+    """
+    tables = to_dict(recipe)
+    for name, value in values.items():
+        *path, last = name.split(".")
+        table: Any = tables
+        for part in path:
+            table = table.get(part) if isinstance(table, dict) else None
+        old = table.get(last) if isinstance(table, dict) else None
+        if isinstance(old, bool) or not isinstance(old, int | float):
+            raise InputError(f"the recipe has no number {name!r}")
+        if isinstance(old, int) and not float(value).is_integer():
+            raise InputError(f"{name} is {value}; it is a whole number")
+        table[last] = int(value) if isinstance(old, int) else float(value)
+    return from_dict(tables)
+
+
 def _lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _lists(entry) for name, entry in value.items()}
@@ -252,30 +280,57 @@ def _lists(value: Any) -> Any:
 
 
 def _build(cls: type, values: Any) -> Any:
-    types = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
     if not isinstance(values, dict):
         raise InputError(f"the recipe's {cls.__name__} is {values!r}, not a table of fields")
-    if unknown := sorted(values.keys() - types.keys()):
+    if unknown := sorted(values.keys() - hints.keys()):
         raise InputError(f"the recipe's {cls.__name__} has unknown fields: {', '.join(unknown)}")
     fields = {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(types[name]):
-            value = _build(types[name], value)
+        if dataclasses.is_dataclass(hints[name]):
+            value = _build(hints[name], value)
         fields[name] = tuple(value) if isinstance(value, list) else value
     return cls(**fields)
 
 
-def make_augment(recipe: Recipe) -> Augment | None:
+# The numbers that may be traced instead of the recipe's own, by their dotted names: what
+# `train_step` and the optimizer only compute with. `Traced` maps some of them to scalars.
+TRACEABLE = (
+    "label_smoothing",
+    "model.dropout",
+    *(f"augment.{field.name}" for field in dataclasses.fields(AffineConfig)),
+    "optimizer.learning_rate",
+    "optimizer.adam_ratio",
+    "optimizer.weight_decay",
+)
+Traced = Mapping[str, jax.Array]
+NOTHING: Traced = types.MappingProxyType({})
+
+
+def make_augment(recipe: Recipe, *, traced: Traced = NOTHING) -> Augment | None:
     """Returns `augment(key, images_BHWC)` for `train_step`, or None where every range is 0."""
-    ranges = dataclasses.asdict(recipe.augment)
-    return functools.partial(random_affine, **ranges) if any(ranges.values()) else None
+    own = dataclasses.asdict(recipe.augment)
+    ranges = {name: traced.get(f"augment.{name}", value) for name, value in own.items()}
+    none = all(isinstance(value, float | int) and value == 0 for value in ranges.values())
+    return None if none else functools.partial(random_affine, **ranges)
 
 
-def recipe_schedule(recipe: Recipe, *, steps_per_epoch: int) -> optax.Schedule:
+def step_options(recipe: Recipe, *, traced: Traced = NOTHING) -> dict[str, Any]:
+    """Returns `train_step`'s options."""
+    return {
+        "augment": make_augment(recipe, traced=traced),
+        "label_smoothing": traced.get("label_smoothing", recipe.label_smoothing),
+        "dropout_rate": traced.get("model.dropout"),
+    }
+
+
+def recipe_schedule(
+    recipe: Recipe, *, steps_per_epoch: int, traced: Traced = NOTHING
+) -> optax.Schedule:
     """Returns the recipe's learning rate as a function of the step."""
     return make_schedule(
         recipe.schedule.name,
-        peak=recipe.optimizer.learning_rate,
+        peak=traced.get("optimizer.learning_rate", recipe.optimizer.learning_rate),
         steps_per_epoch=steps_per_epoch,
         epochs=recipe.epochs,
         decay=recipe.schedule.decay or 1.0,
@@ -283,24 +338,39 @@ def recipe_schedule(recipe: Recipe, *, steps_per_epoch: int) -> optax.Schedule:
     )
 
 
-def recipe_state(recipe: Recipe, info: DatasetInfo, *, steps_per_epoch: int) -> TrainState:
-    """Returns the state at step 0. Traceable: it can be jitted, or shaped by `jax.eval_shape`."""
-    key = jax.random.key(recipe.seed)
+def recipe_optimizer(
+    recipe: Recipe, *, steps_per_epoch: int, traced: Traced = NOTHING
+) -> optax.GradientTransformation:
+    """Returns the recipe's optimizer, its schedule included."""
+    return make_optimizer(
+        recipe.optimizer.name,
+        learning_rate=recipe_schedule(recipe, steps_per_epoch=steps_per_epoch, traced=traced),
+        weight_decay=traced.get("optimizer.weight_decay", recipe.optimizer.weight_decay),
+        momentum=recipe.optimizer.momentum or 0.0,
+        nesterov=recipe.optimizer.nesterov,
+        adam_ratio=traced.get("optimizer.adam_ratio", recipe.optimizer.adam_ratio or 0.0),
+    )
+
+
+def recipe_state(
+    recipe: Recipe, info: DatasetInfo, *, steps_per_epoch: int, key: jax.Array | None = None
+) -> TrainState:
+    """Returns the state at step 0. Traceable: it can be jitted, or shaped by `jax.eval_shape`.
+
+    Args:
+      recipe: the recipe.
+      info: the dataset that it trains on.
+      steps_per_epoch: steps in an epoch.
+      key: the run's key; None takes that of the recipe's seed.
+    """
+    key = jax.random.key(recipe.seed) if key is None else key
     model = CNN(
         recipe.model,
         image_shape=info.image_shape,
         num_classes=info.num_classes,
         rngs=nnx.Rngs(params=draw_key(key, Purpose.INIT, 0)),
     )
-    optimizer = make_optimizer(
-        recipe.optimizer.name,
-        learning_rate=recipe_schedule(recipe, steps_per_epoch=steps_per_epoch),
-        weight_decay=recipe.optimizer.weight_decay,
-        momentum=recipe.optimizer.momentum or 0.0,
-        nesterov=recipe.optimizer.nesterov,
-        adam_ratio=recipe.optimizer.adam_ratio or 0.0,
-    )
-    return create_state(key, model, optimizer)
+    return create_state(key, model, recipe_optimizer(recipe, steps_per_epoch=steps_per_epoch))
 
 
 # The notebook's recipe: 915,146 parameters, plain SGD, five epochs.

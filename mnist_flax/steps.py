@@ -105,6 +105,7 @@ def train_step(
     *,
     augment: Augment | None = None,
     label_smoothing: float | jax.Array = 0.0,
+    dropout_rate: float | jax.Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step on the mean cross-entropy of a full batch.
 
@@ -114,6 +115,7 @@ def train_step(
       augment: `augment(key, images_BHWC) -> images_BHWC` on float images, such as
         `functools.partial(random_affine, rotate=10)`; None trains on the images as they are.
       label_smoothing: the share of each target that is spread evenly over the classes, in [0, 1).
+      dropout_rate: Dropout's rate, in [0, 1); None for the model's own.
 
     Returns:
       The state after the step, and the batch's metrics under the parameters before it: the
@@ -126,7 +128,9 @@ def train_step(
     def loss_fn(params):
         model = to_model(dataclasses.replace(state, params=params))
         dropout_key = draw_key(state.key, Purpose.DROPOUT, state.step)
-        logits_BK = model(images_BHWC, train=True, key=dropout_key)
+        # A researcher's own model need not know the option.
+        options = {} if dropout_rate is None else {"dropout_rate": dropout_rate}
+        logits_BK = model(images_BHWC, train=True, key=dropout_key, **options)
         targets_BK = jax.nn.one_hot(batch.labels, logits_BK.shape[-1], dtype=logits_BK.dtype)
         targets_BK = optax.smooth_labels(targets_BK, label_smoothing)
         losses_B = optax.softmax_cross_entropy(logits_BK, targets_BK)

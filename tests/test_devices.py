@@ -81,6 +81,44 @@ np.testing.assert_allclose(
 print("agreed")
 """
 
+# Four members on 8, 2 and 1 devices, their batches shared by 2, 1 and 1 of them.
+MEMBERS = (
+    SCRIPT[: SCRIPT.index("plain = ")]
+    + """
+from mnist_flax.members import evaluate_many, fit_many, member_mesh
+plain = dataclasses.replace(recipe, augment=AffineConfig())
+meshes = {n: member_mesh(4, devices=n) for n in (1, 2, 8)}
+assert dict(meshes[8].shape) == {"member": 4, "data": 2}
+assert dict(meshes[2].shape) == {"member": 2, "data": 1}
+vary = {"label_smoothing": [0.0, 0.0, 0.1, 0.1]}
+options = dict(seeds=range(4), vary=vary, progress=False)
+runs = {n: fit_many(plain, splits, mesh=mesh, **options) for n, mesh in meshes.items()}
+assert int(runs[8].states.step.max()) == 50
+tests = {n: evaluate_many(run.states, splits.test, mesh=meshes[n]) for n, run in runs.items()}
+for n in (2, 8):
+    assert len(runs[n].states.step.sharding.device_set) == n
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5),
+        host(runs[1].states), host(runs[n].states),
+    )
+    for one, other in zip(tests[1], tests[n], strict=True):
+        np.testing.assert_allclose(one.logits_NK, other.logits_NK, rtol=0, atol=2e-3)
+
+calls = iter(range(10**9))
+options |= dict(workdir=Path(sys.argv[2]))
+try:
+    fit_many(plain, splits, mesh=meshes[8], interrupted=lambda: next(calls) >= 3, **options)
+except Interrupted as stop:
+    assert 0 < int(stop.state.step.max()) < 50
+else:
+    raise AssertionError("it was not interrupted")
+result = fit_many(plain, splits, mesh=meshes[2], resume=True, **options)
+for ours, theirs in zip(result.histories, runs[1].histories, strict=True):
+    np.testing.assert_allclose(ours[-1]["val_loss"], theirs[-1]["val_loss"], rtol=1e-4)
+print("agreed")
+"""
+)
+
 # The epoch's loop as one call and as a call a step, on as many devices as the process has threads.
 DIVIDED = """
 import functools, sys
@@ -131,6 +169,12 @@ def run(script, *words, **environment):
 def test_a_run_on_eight_devices_is_the_run_on_one(data_dir, tmp_path):
     """Within 2e-5 of any parameter after 50 steps: sums are rounded in another order."""
     assert run(SCRIPT, data_dir, tmp_path / "run") == "agreed\n"
+
+
+@pytest.mark.usefixtures("splits")
+def test_members_on_eight_devices_are_those_on_one(data_dir, tmp_path):
+    """Within 2e-5 of any parameter after 50 steps; a checkpoint of eight continues on two."""
+    assert run(MEMBERS, data_dir, tmp_path / "study") == "agreed\n"
 
 
 @pytest.mark.usefixtures("splits")

@@ -1,0 +1,191 @@
+"""Many members in one program, against runs of their own: real MNIST, real checkpoints."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import MODEL, RECIPE, head
+from test_fit import after, timeless
+
+from mnist_flax.data import load_splits
+from mnist_flax.errors import CheckpointError, DivergedError, InputError, Interrupted
+from mnist_flax.evaluate import evaluate
+from mnist_flax.fit import fit
+from mnist_flax.members import evaluate_many, fit_many, member_mesh
+from mnist_flax.recipes import (
+    TRACEABLE,
+    AffineConfig,
+    OptimizerConfig,
+    PlateauConfig,
+    ScheduleConfig,
+    StoppingConfig,
+    with_fields,
+)
+
+# Without augmentation, whose last bit XLA rounds otherwise in a loop within a loop.
+PLAIN = dataclasses.replace(RECIPE, augment=AffineConfig(), model=MODEL)
+SEEDS = (3, 0, 8)
+# Members that stop at different epochs.
+STOPPING = dataclasses.replace(
+    PLAIN,
+    epochs=12,
+    optimizer=OptimizerConfig("adamw", learning_rate=0.02, momentum=None),
+    schedule=ScheduleConfig(),
+    plateau=PlateauConfig(patience=1, min_delta=0.05),
+    stopping=StoppingConfig(patience=1),
+)
+
+
+def bits(state):
+    return jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state, state.step))
+
+
+def without_val(row):
+    """The numbers of training alone: sums over validation are rounded in another order."""
+    return {name: value for name, value in timeless(row).items() if not name.startswith("val")}
+
+
+@pytest.fixture(scope="module")
+def study(small, tmp_path_factory):
+    """Three members, uninterrupted, and their directory, which is not to be changed."""
+    workdir = tmp_path_factory.mktemp("study") / "run"
+    return fit_many(STOPPING, small, seeds=SEEDS, workdir=workdir, progress=False), workdir
+
+
+def assert_same_study(one, other):
+    jax.tree.map(np.testing.assert_array_equal, bits(one.states), bits(other.states))
+    assert [list(map(timeless, h)) for h in one.histories] == [
+        list(map(timeless, h)) for h in other.histories
+    ]
+    assert one.best_epochs == other.best_epochs
+    assert one.stopped_early == other.stopped_early
+
+
+def test_members_are_their_own_runs(study, small):
+    """Every bit of the state, though the members stop at different epochs."""
+    result, _ = study
+    assert len({len(history) for history in result.histories}) > 1
+    for i, seed in enumerate(SEEDS):
+        member = result.member(i)
+        own = fit(dataclasses.replace(STOPPING, seed=seed), small, progress=False)
+        jax.tree.map(np.testing.assert_array_equal, bits(own.state), bits(member.state))
+        assert list(map(without_val, own.history)) == list(map(without_val, member.history))
+        losses = [[row["val_loss"] for row in run.history] for run in (own, member)]
+        np.testing.assert_allclose(*losses, rtol=1e-6)
+        assert (own.best_epoch, own.stopped_early) == (member.best_epoch, member.stopped_early)
+        assert own.history[0].keys() == member.history[0].keys()
+
+
+def test_a_varied_number_is_the_recipes_own(small):
+    """Each traceable field: a member with a value trains as a recipe that has it."""
+    recipe = dataclasses.replace(
+        PLAIN,
+        epochs=1,
+        augment=AffineConfig(rotate=5.0),
+        optimizer=OptimizerConfig("muon", learning_rate=0.1, adam_ratio=0.1),
+        plateau=PlateauConfig(),
+    )
+    values = {
+        "label_smoothing": (0.0, 0.2),
+        "model.dropout": (0.0, 0.4),
+        "augment.rotate": (0.0, 20.0),
+        "augment.shift": (0.0, 0.1),
+        "augment.zoom": (0.0, 0.2),
+        "augment.shear": (0.0, 20.0),
+        "optimizer.learning_rate": (0.02, 0.2),
+        "optimizer.adam_ratio": (0.02, 0.2),
+        "optimizer.weight_decay": (0.0, 0.5),
+    }
+    assert set(values) == set(TRACEABLE)
+    members = [dict.fromkeys(values, 0)] + [{name: 1} for name in values]
+    vary = {name: [values[name][m.get(name, 0)] for m in members] for name in values}
+    result = fit_many(recipe, small, seeds=[5] * len(members), vary=vary, progress=False)
+    losses = [history[0]["train_loss"] for history in result.histories]
+    assert len(set(losses)) == len(losses)  # every field has an effect
+    for i in (0, 9):
+        own = with_fields(recipe, {"seed": 5} | {name: vary[name][i] for name in vary})
+        assert result.recipes[i] == own
+        (row,) = fit(own, small, progress=False).history
+        np.testing.assert_allclose(losses[i], row["train_loss"], rtol=2e-4)
+
+
+@pytest.mark.parametrize("calls", [1, 5, 8])
+def test_interrupted_anywhere_and_resumed_is_the_same_study(study, small, tmp_path, calls):
+    run = dict(seeds=SEEDS, workdir=tmp_path, progress=False)
+    with pytest.raises(Interrupted):
+        fit_many(STOPPING, small, interrupted=after(calls), **run)
+    assert_same_study(study[0], fit_many(STOPPING, small, resume=True, **run))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    members = [row.pop("member") for row in rows]
+    assert members == [i for i, h in enumerate(study[0].histories) for _ in h]
+    assert list(map(timeless, rows)) == [timeless(r) for h in study[0].histories for r in h]
+
+
+def test_a_finished_study_gives_its_result(study, small):
+    again = fit_many(STOPPING, small, seeds=SEEDS, workdir=study[1], resume=True, progress=False)
+    assert_same_study(study[0], again)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_passed_over(study, small, tmp_path):
+    copy = shutil.copytree(study[1], tmp_path / "copy")
+    steps = [d for d in (copy / "checkpoints").iterdir() if d.name.isdecimal()]
+    newest = max(steps, key=lambda d: int(d.name))
+    for path in newest.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    run = dict(seeds=SEEDS, workdir=copy, resume=True, progress=False)
+    with pytest.raises(CheckpointError, match=newest.name):
+        fit_many(STOPPING, small, strict=True, **run)
+    assert_same_study(study[0], fit_many(STOPPING, small, **run))
+
+
+def test_a_member_that_diverges_leaves_the_others_alone(small):
+    vary = {"optimizer.learning_rate": [0.05, 1e30, 0.05]}
+    result = fit_many(PLAIN, small, seeds=[0, 0, 1], vary=vary, progress=False)
+    assert [reason is None for reason in result.diverged] == [True, False, True]
+    with pytest.raises(DivergedError, match=r"member 1 \(seed 0\): training diverged in epoch 1"):
+        result.member(1)
+    assert result.histories[1] == ()
+    own = fit(dataclasses.replace(PLAIN, seed=1), small, progress=False)
+    losses = [[row["train_loss"] for row in run.history] for run in (own, result.member(2))]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_evaluation_of_many_is_that_of_each(study, splits):
+    """On 1,111 examples, which fill no whole number of batches."""
+    examples = head(splits.test, 1111)
+    together = evaluate_many(study[0].states, examples)
+    for i, evaluation in enumerate(together):
+        alone = evaluate(study[0].member(i).state, examples)
+        np.testing.assert_allclose(evaluation.logits_NK, alone.logits_NK, rtol=1e-4, atol=1e-4)
+        assert evaluation.total == 1111
+    assert not np.allclose(together[0].logits_NK, together[1].logits_NK)
+
+
+def test_bad_input_is_refused_before_anything_is_written(small, study, data_dir, tmp_path):
+    def refuse(match, seeds=(0, 1), splits=small, workdir=tmp_path / "new", **options):
+        with pytest.raises(InputError, match=match):
+            fit_many(STOPPING, splits, seeds=seeds, workdir=workdir, progress=False, **options)
+
+    refuse("seeds is empty", seeds=())
+    refuse("'epochs' cannot differ by member", vary={"epochs": [1, 2]})
+    refuse("has 3 values for 2 seeds", vary={"label_smoothing": [0.0, 0.1, 0.2]})
+    refuse("label_smoothing is 1.5", vary={"label_smoothing": [0.0, 1.5]})
+    refuse("has no number 'optimizer.adam_ratio'", vary={"optimizer.adam_ratio": [0.1, 0.2]})
+    refuse("no run to resume", resume=True)
+    refuse("holds a run", workdir=study[1])
+    refuse("seeds: ", workdir=study[1], resume=True)
+    streamed = load_splits("mnist", val_size=500, seed=0, data_dir=data_dir, stream=True)
+    refuse("do not stream", splits=streamed)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match="devices is 99"):
+        member_mesh(2, devices=99)
+
+
+def test_a_study_is_no_run_of_fit(study, small):
+    with pytest.raises(InputError):
+        fit(STOPPING, small, workdir=study[1], resume=True, progress=False)
