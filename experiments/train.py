@@ -14,8 +14,8 @@ from typing import Annotated
 
 import tyro
 
-from mnist_flax import command_line, runtime
-from mnist_flax.errors import Interrupted
+from mnist_flax import command_line, hosts, runtime
+from mnist_flax.errors import InputError, Interrupted
 from mnist_flax.recipes import Recipe
 
 
@@ -31,7 +31,10 @@ class Command:
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       archives: a directory of four IDX archives to read the dataset from.
       stream: read training records as they are needed instead of holding them all.
-      devices: how many devices share a batch; by default all, and on the CPU one a core.
+      devices: how many devices share a batch; by default all, and on the CPU one a core. With
+        distributed, how many each process has; by default all, and on the CPU one.
+      distributed: this is one of several processes that train together; README.md says how to
+        start them.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -42,6 +45,7 @@ class Command:
     archives: Path | None = None
     stream: bool = False
     devices: int | None = None
+    distributed: bool = False
 
 
 def new_workdir(name: str, seed: int) -> Path:
@@ -52,7 +56,7 @@ def new_workdir(name: str, seed: int) -> Path:
 
 
 def main(arguments):
-    """Trains, evaluates on the test split once, writes the results."""
+    """Reads the command line and trains."""
     began = time.perf_counter()
     name, rest = command_line.split_recipe(arguments)
     default = Command(command_line.named_recipe(name))
@@ -60,25 +64,66 @@ def main(arguments):
     if command.resume and command.workdir is not None:
         default = Command(command_line.recipe_of_run(command.workdir))
         command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
-    recipe = command.recipe
-    runtime.configure(cpu_devices=command.devices or runtime.share_cores(recipe.batch_size))
+    start(command)
+    with hosts.leave_at_once():
+        return train(command, name, began)
 
+
+def start(command: Command) -> None:
+    """Sets JAX up, and joins the other processes.
+
+    Raises:
+      InputError: there are none to join, or no directory that they share.
+    """
+    if not command.distributed:
+        cores = runtime.share_cores(command.recipe.batch_size)
+        runtime.configure(cpu_devices=command.devices or cores)
+        return
+    if command.workdir is None:
+        raise InputError("the processes need one directory; give --workdir to all of them")
+    runtime.configure(cpu_devices=command.devices or 1)
+    hosts.initialize()
+
+
+def choose_mesh(command: Command):
+    """Returns the mesh to train on.
+
+    Raises:
+      InputError: there are too few devices, or a process has others than it was told.
+    """
+    import jax
+
+    from mnist_flax.fit import data_mesh
+
+    if not command.distributed:
+        return data_mesh(command.devices)
+    if command.devices not in (None, jax.local_device_count()):
+        raise InputError(
+            f"devices is {command.devices}, but this process has {jax.local_device_count()}"
+        )
+    return data_mesh()
+
+
+def train(command: Command, name: str, began: float) -> int:
+    """Trains, evaluates on the test split once, writes the results."""
     from mnist_flax.data import load_splits
     from mnist_flax.evaluate import evaluate
-    from mnist_flax.fit import data_mesh, fit
+    from mnist_flax.fit import fit
     from mnist_flax.results import write_results
 
-    mesh = data_mesh(command.devices)
+    recipe = command.recipe
     workdir = command.workdir or new_workdir(name, recipe.seed)
     data_began = time.perf_counter()
-    splits = load_splits(
-        recipe.dataset,
-        val_size=recipe.val_size,
-        seed=recipe.split_seed,
-        data_dir=command.data_dir,
-        archives=command.archives,
-        stream=command.stream,
-    )
+    with hosts.all_or_none():
+        mesh = choose_mesh(command)
+        splits = load_splits(
+            recipe.dataset,
+            val_size=recipe.val_size,
+            seed=recipe.split_seed,
+            data_dir=command.data_dir,
+            archives=command.archives,
+            stream=command.stream,
+        )
     data_seconds = time.perf_counter() - data_began
     # Until here a signal ends the process at once: there is nothing to save.
     interrupts = runtime.Interrupts()
@@ -94,11 +139,14 @@ def main(arguments):
             interrupted=interrupts,
         )
     except Interrupted as stop:
-        words = shlex.join(["python", sys.argv[0], "--resume", "--workdir", str(workdir)])
-        print(f"{stop}; continue with: {words}", file=sys.stderr)
+        words = ["python", sys.argv[0], "--resume", "--workdir", str(workdir)]
+        words += ["--distributed"] if command.distributed else []
+        print(f"{stop}; continue with: {shlex.join(words)}", file=sys.stderr)
         return interrupts.exit_status
     test_began = time.perf_counter()
     test = evaluate(result.state, splits.test)
+    if not hosts.is_first():
+        return 0
     summary = write_results(
         workdir,
         recipe,

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
-from mnist_flax import checkpoint
+from mnist_flax import checkpoint, hosts
 from mnist_flax.checkpoint import Progress
 from mnist_flax.data import (
     DatasetInfo,
@@ -52,7 +52,7 @@ from mnist_flax.steps import (
     train_step,
 )
 from mnist_flax.stopping import EarlyStopping
-from mnist_flax.workdir import RECIPE_FILE, MetricsLog, claim, write_json
+from mnist_flax.workdir import LOCK_FILE, RECIPE_FILE, MetricsLog, NoLog, claim, write_json
 
 # Examples a batch of validation, rounded up to a multiple of the devices.
 EVAL_BATCH = 500
@@ -169,11 +169,16 @@ def initial_state(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) 
     return jax.jit(create, out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
 
+def zero_metrics(mesh: Mesh) -> Metrics:
+    """Returns an epoch's metrics before its first step, on all of the mesh's devices."""
+    return jax.jit(Metrics.zero, out_shardings=NamedSharding(mesh, PartitionSpec()))()
+
+
 def fresh_progress(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Progress:
     """Returns a run's progress at step 0, on all of the mesh's devices."""
     return Progress(
         state=initial_state(recipe, info, steps=steps, mesh=mesh),
-        metrics=jax.device_put(Metrics.zero(), NamedSharding(mesh, PartitionSpec())),
+        metrics=zero_metrics(mesh),
         stopping=EarlyStopping(**dataclasses.asdict(recipe.stopping)),
     )
 
@@ -182,7 +187,7 @@ def train_steps(
     state: TrainState,
     metrics: Metrics,
     examples: Examples,
-    indices_SB: jax.Array,
+    indices_SB: jax.Array | None,
     start: jax.Array,
     stop: jax.Array,
     *,
@@ -199,9 +204,10 @@ def train_steps(
       state: the state before.
       metrics: the epoch's metrics before.
       examples: images [N, H, W, C] uint8 and labels [N], on the device.
-      indices_SB: the examples of each step's batch.
-      start: first row of `indices_SB` to train on.
-      stop: the row after the last.
+      indices_SB: the examples of each step's batch; None where `examples` are the batches,
+        images [S, B, H, W, C] and labels [S, B].
+      start: first batch to train on.
+      stop: the batch after the last.
       augment: as in `train_step`.
       label_smoothing: as in `train_step`.
       dropout_rate: as in `train_step`.
@@ -209,7 +215,8 @@ def train_steps(
 
     def body(row, carry):
         state, metrics = carry
-        batch = jax.tree.map(lambda a: a[indices_SB[row]], examples)
+        chosen = row if indices_SB is None else indices_SB[row]
+        batch = jax.tree.map(lambda a: a[chosen], examples)
         state, step_metrics = train_step(
             state,
             batch,
@@ -232,10 +239,10 @@ def eval_steps(state: TrainState, batches: Examples) -> Metrics:
 
 
 class Window(NamedTuple):
-    """Examples on the device and the rows of `indices_SB` to train on next."""
+    """Examples on the device and the batches to train on next, as `train_steps` takes them."""
 
     examples: Examples
-    indices_SB: jax.Array
+    indices_SB: jax.Array | None
     start: int
     stop: int
 
@@ -254,19 +261,28 @@ def resident_feed(examples: Examples, indices_SB: jax.Array) -> Feed:
 
 
 def streamed_feed(records: Records, indices_SB: jax.Array, *, start: int, mesh: Mesh) -> Feed:
-    """Feeds an epoch from records read on threads, a few steps' worth on the device at a time."""
+    """Feeds an epoch from records read on threads, a few steps' worth on the device at a time.
+
+    A process reads what its own devices train on: their columns of `indices_SB`, which is sharded
+    over the batch.
+    """
     S, B = indices_SB.shape
-    batches = stream_batches(records, indices_SB, start=start)
-    blank = Examples(np.zeros((B, *records.image_shape), np.uint8), np.zeros(B, np.int32))
-    rows = np.arange(STREAM_STEPS * B, dtype=np.int32).reshape(STREAM_STEPS, B)
-    rows_SB = jax.device_put(rows, NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS)))
+    shards = sorted(indices_SB.addressable_shards, key=lambda shard: shard.index[1].start or 0)
+    own_SB = np.concatenate([np.asarray(shard.data) for shard in shards], axis=1)
+    batches = stream_batches(records, own_SB, start=start)
+    own = own_SB.shape[1]
+    blank = Examples(np.zeros((own, *records.image_shape), np.uint8), np.zeros(own, np.int32))
+    by_batch = NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS))
+
+    def put(own_SB: np.ndarray) -> jax.Array:
+        shape = (STREAM_STEPS, B, *own_SB.shape[2:])
+        return jax.make_array_from_process_local_data(by_batch, own_SB, shape)
 
     def feed(done: int, wanted: int) -> Window:
         count = min(wanted, STREAM_STEPS, S - done)
         read = [next(batches) for _ in range(count)] + [blank] * (STREAM_STEPS - count)
-        window = Examples(*(np.concatenate(parts) for parts in zip(*read, strict=True)))
-        on_device = jax.device_put(window, NamedSharding(mesh, PartitionSpec()))
-        return Window(on_device, rows_SB, 0, count)
+        images, labels = (np.stack(parts) for parts in zip(*read, strict=True))
+        return Window(Examples(put(images), put(labels)), None, 0, count)
 
     return feed
 
@@ -321,7 +337,7 @@ def train_epoch(
     """Takes the steps `done` to `steps` of an epoch; the arrays of `state` stay valid.
 
     The device works on one call while the host reads the metrics of the call before (`show` waits
-    for them), and calls grow until each takes about CALL_SECONDS.
+    for them), and calls grow until each takes about CALL_SECONDS. Processes agree on every call.
 
     Raises:
       DivergedError: `show` raised it.
@@ -336,8 +352,9 @@ def train_epoch(
         done += window.stop - window.start
         show(previous)
         elapsed, looked = time.perf_counter() - looked, time.perf_counter()
-        wanted = max(1, wanted // 2 if elapsed > CALL_SECONDS else wanted * 2)
-        if interrupted() and done < steps:
+        slow, stop = hosts.agree(elapsed > CALL_SECONDS, interrupted())
+        wanted = max(1, wanted // 2 if slow else wanted * 2)
+        if stop and done < steps:
             raise Interrupted(state, metrics)
     show(metrics)
     return state, metrics
@@ -394,7 +411,7 @@ def epochs(
       start_metrics: the metrics so far of the epoch that `start` is in; None at its start.
       mesh: the devices, with an axis "data" over which batches are shared; None takes all.
       progress: whether to draw a progress bar.
-      interrupted: asked now and then; once it returns True, training stops.
+      interrupted: asked now and then; once it returns True, in any process, training stops.
 
     Raises:
       InputError: the recipe cannot train on these splits or devices.
@@ -409,14 +426,14 @@ def epochs(
     state = start
     if state is None:
         state = initial_state(recipe, splits.info, steps=steps, mesh=mesh)
-    zero: Metrics = jax.device_put(Metrics.zero(), everywhere)
+    zero = zero_metrics(mesh)
     metrics = zero if start_metrics is None else start_metrics
     val_batches = None
     if recipe.val_size:
         val_batches = validation_batches(splits.val, mesh=mesh)
     train = splits.train
     if not isinstance(train, Records):
-        train = jax.device_put(train, everywhere)
+        train = place(train, everywhere)
     order = jax.jit(
         functools.partial(
             epoch_order, num_examples=num_train(splits), batch_size=recipe.batch_size
@@ -483,11 +500,21 @@ def epochs(
         metrics = zero
 
 
+def place(examples: Examples, sharding: NamedSharding) -> Examples:
+    """Puts examples that every process holds on the devices.
+
+    `jax.device_put` would send all of them to all processes, to compare.
+    """
+    return Examples(
+        *(jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in examples)
+    )
+
+
 def validation_batches(val: Examples, *, mesh: Mesh) -> Examples:
     """Returns validation on the devices, images [S, B, H, W, C], each batch shared."""
     sharing = mesh.shape[BATCH_AXIS]
     batches = eval_batches(val, batch_size=-(-EVAL_BATCH // sharing) * sharing)
-    return jax.device_put(batches, NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS)))
+    return place(batches, NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS)))
 
 
 def num_train(splits: Splits) -> int:
@@ -526,6 +553,7 @@ def fit(
       recipe: what to train, and how.
       splits: the data; the test split is not touched.
       workdir: where checkpoints, metrics.jsonl and TensorBoard events go; None keeps nothing.
+        Several processes need one that all of them can read; process 0 writes the logs.
       resume: continue the run in `workdir` instead of starting one, from the newest checkpoint
         that is not damaged.
       strict: refuse to resume where the newest checkpoint is damaged.
@@ -542,6 +570,8 @@ def fit(
       Interrupted: `interrupted()` became true.
     """
     if workdir is None:
+        if jax.process_count() > 1:
+            raise InputError("workdir is None; several processes need one that all can read")
         with tempfile.TemporaryDirectory() as temporary:
             return fit(
                 recipe,
@@ -553,26 +583,34 @@ def fit(
             )
     workdir = Path(workdir)
     mesh = mesh or data_mesh()
-    check_fits(recipe, splits, mesh=mesh)
-    if resume:
-        check_same_recipe(workdir, to_dict(recipe))
-    steps = num_train(splits) // recipe.batch_size
-    fresh = fresh_progress(recipe, splits.info, steps=steps, mesh=mesh)
-    with claim(workdir, resume=resume), checkpoint.open_checkpoints(workdir) as manager:
+    first = hosts.is_first()
+    with contextlib.ExitStack() as held:
+        with hosts.all_or_none():
+            check_fits(recipe, splits, mesh=mesh)
+            if resume:
+                check_same_recipe(workdir, to_dict(recipe))
+            if first:
+                held.enter_context(claim(workdir, resume=resume))
+        with hosts.all_or_none():
+            check_shared(workdir)
+        steps = num_train(splits) // recipe.batch_size
+        fresh = fresh_progress(recipe, splits.info, steps=steps, mesh=mesh)
+        manager = held.enter_context(checkpoint.open_checkpoints(workdir))
         now = fresh
         if resume:
             sound = functools.partial(checkpoint.restore_with_best, manager, recipe, fresh)
             now = checkpoint.newest_sound(manager, lambda step: sound(step=step), strict=strict)
             now = now or fresh
-        write_json(workdir / RECIPE_FILE, to_dict(recipe))
-        with contextlib.closing(MetricsLog(workdir, now.history)) as log:
+        if first:
+            write_json(workdir / RECIPE_FILE, to_dict(recipe))
+        with contextlib.closing(MetricsLog(workdir, now.history) if first else NoLog()) as log:
             results = epochs(
                 recipe,
                 splits,
                 start=now.state,
                 start_metrics=now.metrics,
                 mesh=mesh,
-                progress=progress,
+                progress=progress and first,
                 interrupted=interrupted,
             )
             try:
@@ -580,11 +618,12 @@ def fit(
                     now = after_epoch(now, result, zero=fresh.metrics)
                     log.write(result.row())
                     checkpoint.save(manager, recipe, now)
-                    if interrupted() and result.epoch < recipe.epochs:
+                    (stop,) = hosts.agree(interrupted())
+                    if stop and result.epoch < recipe.epochs:
                         raise Interrupted(now.state, now.metrics)
-            except Interrupted as stop:
-                if int(stop.state.step) > int(now.state.step):
-                    now = dataclasses.replace(now, state=stop.state, metrics=stop.metrics)
+            except Interrupted as end:
+                if int(end.state.step) > int(now.state.step):
+                    now = dataclasses.replace(now, state=end.state, metrics=end.metrics)
                     checkpoint.save(manager, recipe, now)
                 raise
             except DivergedError as error:
@@ -610,6 +649,19 @@ def after_epoch(progress: Progress, result: EpochResult, *, zero: Metrics) -> Pr
         stopping=stopping,
         history=(*progress.history, result.row()),
     )
+
+
+def check_shared(workdir: Path) -> None:
+    """Checks that process 0's claim on `workdir` is seen here; Orbax would wait for it for ever.
+
+    Raises:
+      InputError: it is not.
+    """
+    if not (workdir / LOCK_FILE).exists():
+        raise InputError(
+            f"{workdir} is not the directory that process 0 made; give one on a file system that "
+            "all processes share"
+        )
 
 
 def check_same_recipe(workdir: Path, recipe: dict[str, Any]) -> None:

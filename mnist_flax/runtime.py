@@ -69,5 +69,8 @@ class Interrupts:
 
     @property
     def exit_status(self) -> int:
-        """The status that a shell expects of a process that a signal ended: 128 + its number."""
-        return 128 + (self.signal or 0)
+        """The status that a shell expects of a process that a signal ended: 128 + its number.
+
+        Where the signal came to another process of the job, it is that of SIGTERM.
+        """
+        return 128 + (self.signal or signal.SIGTERM)

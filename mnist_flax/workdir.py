@@ -102,3 +102,13 @@ class MetricsLog:
         """Closes the files."""
         self._lines.close()
         self._events.close()
+
+
+class NoLog:
+    """Stands for the log in processes that keep none."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
