@@ -14,6 +14,7 @@ from mnist_flax import ops
 from mnist_flax.errors import InputError
 
 Padding = Literal["SAME", "VALID"]
+Precision = Literal["float32", "bfloat16"]
 Head = Literal["flatten", "mean"]
 
 
@@ -36,6 +37,8 @@ class CNNConfig:
       head: what follows the convolutions: "flatten" keeps every place, "mean" averages over them.
       hidden: widths of the dense layers between the convolutions and the classifier.
       dropout: probability that Dropout, before the classifier, zeroes an activation, in [0, 1).
+      precision: what convolutions and dense layers compute in, "float32" or "bfloat16". Parameters,
+        BatchNorm and the logits are float32 in both.
 
     Raises:
       InputError: on construction, for a value that no network can have.
@@ -53,6 +56,7 @@ class CNNConfig:
     head: Head = "flatten"
     hidden: tuple[int, ...] = (256,)
     dropout: float = 0.5
+    precision: Precision = "float32"
 
     def __post_init__(self):
         if not self.widths:
@@ -74,6 +78,10 @@ class CNNConfig:
             )
         if self.head not in ("flatten", "mean"):
             raise InputError(f"model head {self.head!r} is unknown; give flatten or mean")
+        if self.precision not in ("float32", "bfloat16"):
+            raise InputError(
+                f"model precision {self.precision!r} is unknown; give float32 or bfloat16"
+            )
         if not 0 <= self.dropout < 1:
             raise InputError(f"model dropout is {self.dropout}; give a number in [0, 1)")
         if not 0 <= self.norm_momentum < 1:
@@ -149,15 +157,26 @@ class SeparableConv(nnx.Module):
     """
 
     def __init__(
-        self, n_in: int, n_out: int, *, kernel_size: int, padding: Padding, rngs: nnx.Rngs
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        kernel_size: int,
+        padding: Padding,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
     ):
-        """Draws the kernels; their product has the variance 2 / fan-in of He et al. (2015)."""
+        """Draws the kernels; their product has the variance 2 / fan-in of He et al. (2015).
+
+        `dtype` is what the convolution computes in, by default the inputs' own.
+        """
         depth_IJC = nnx.initializers.normal(1 / kernel_size)(
             rngs.params(), (kernel_size, kernel_size, n_in)
         )
         self.depth = nnx.Param(depth_IJC)
         self.point = nnx.Param(nnx.initializers.he_normal()(rngs.params(), (n_in, n_out)))
         self.padding = padding
+        self.dtype = dtype
 
     def kernel(self) -> jax.Array:
         """Returns the kernel [I, J, C, O] of the one convolution."""
@@ -165,7 +184,19 @@ class SeparableConv(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Returns the convolution [B, H', W', O]."""
-        return ops.conv(x_BHWC, self.kernel(), (1, 1), self.padding, dimension_numbers=ops.NHWC)
+        dtype = x_BHWC.dtype if self.dtype is None else self.dtype
+        x_BHWC, kernel_IJCO = x_BHWC.astype(dtype), self.kernel().astype(dtype)
+        return ops.conv(x_BHWC, kernel_IJCO, (1, 1), self.padding, dimension_numbers=ops.NHWC)
+
+
+def compute_dtype(config: CNNConfig) -> Any:
+    """Returns what layers are told to compute in; None lets them keep their inputs' type."""
+    return jnp.bfloat16 if config.precision == "bfloat16" else None
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Returns bfloat16 as float32, and wider types as they are."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def make_conv(config: CNNConfig, index: int, n_in: int, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -173,7 +204,12 @@ def make_conv(config: CNNConfig, index: int, n_in: int, *, rngs: nnx.Rngs) -> nn
     n_out, padding = config.widths[index], config.padding[index]
     if config.separable and index > 0:
         return SeparableConv(
-            n_in, n_out, kernel_size=config.kernel_size, padding=padding, rngs=rngs
+            n_in,
+            n_out,
+            kernel_size=config.kernel_size,
+            padding=padding,
+            dtype=compute_dtype(config),
+            rngs=rngs,
         )
     return nnx.Conv(
         n_in,
@@ -182,6 +218,7 @@ def make_conv(config: CNNConfig, index: int, n_in: int, *, rngs: nnx.Rngs) -> nn
         padding=padding,
         use_bias=config.conv_bias,
         kernel_init=nnx.initializers.he_normal(),
+        dtype=compute_dtype(config),
         conv_general_dilated=ops.conv,
         rngs=rngs,
     )
@@ -224,11 +261,18 @@ class CNN(nnx.Module):
         sizes = (places * channels, *config.hidden)
         self.hidden = nnx.List(
             [
-                nnx.Linear(n_in, n_out, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+                nnx.Linear(
+                    n_in,
+                    n_out,
+                    kernel_init=nnx.initializers.he_normal(),
+                    dtype=compute_dtype(config),
+                    rngs=rngs,
+                )
                 for n_in, n_out in itertools.pairwise(sizes)
             ]
         )
-        self.head = nnx.Linear(sizes[-1], num_classes, rngs=rngs)
+        dtype = compute_dtype(config)
+        self.head = nnx.Linear(sizes[-1], num_classes, dtype=dtype, rngs=rngs)
 
     def features(self, images_BHWC: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the activations [B, F] that the classifier sees, before Dropout.
@@ -239,10 +283,10 @@ class CNN(nnx.Module):
         """
         x = space_to_depth(images_BHWC, patch=self.config.patch)
         for conv, norm, pool in zip(self.convs, self.norms, self.config.pool, strict=True):
-            x = relu_norm_pool(norm, conv(x), pool=pool, train=train)
+            x = relu_norm_pool(norm, at_least_float32(conv(x)), pool=pool, train=train)
         x = x.mean((1, 2)) if self.config.head == "mean" else x.reshape(x.shape[0], -1)
         for dense in self.hidden:
-            x = nnx.relu(dense(x))
+            x = nnx.relu(at_least_float32(dense(x)))
         return x
 
     def __call__(
@@ -270,4 +314,4 @@ class CNN(nnx.Module):
             if key is None:
                 raise InputError(f"Dropout of {rate} needs a key in training; give one")
             features_BF = dropout(key, features_BF, rate=rate)
-        return self.head(features_BF)
+        return at_least_float32(self.head(features_BF))

@@ -79,12 +79,14 @@ def conv(
     unit = all(set(n or (1,)) == {1} for n in (window_strides, lhs_dilation, rhs_dilation))
     single = feature_group_count == batch_group_count == 1
     same_type = lhs.dtype == rhs.dtype and preferred_element_type in (None, lhs.dtype)
+    full = jnp.finfo(lhs.dtype).bits >= 32  # sums of chunks would lose bits of shorter types
     if not (
         _on_cpu()
         and lhs.ndim == 4
         and unit
         and single
         and same_type
+        and full
         and precision is None
         and out_sharding is None
         and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)

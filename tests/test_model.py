@@ -119,6 +119,39 @@ def test_the_mean_head_averages_what_the_flat_one_keeps():
     assert models[1](images(2)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("separable", [False, True])
+def test_bfloat16_rounds_what_is_multiplied_and_nothing_else(separable):
+    config = CNNConfig(
+        widths=(4, 6),
+        padding=("VALID", "VALID"),
+        pool=(False, False),
+        separable=separable,
+        conv_bias=False,
+        hidden=(8,),
+        dropout=0.0,
+        precision="bfloat16",
+    )
+    model = CNN(config, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    full = CNN(
+        dataclasses.replace(config, precision="float32"), image_shape=(8, 8, 1), rngs=nnx.Rngs(0)
+    )
+    x = images(5, (8, 8, 1))
+    outputs = model.convs[0](x)
+    assert outputs.dtype == jnp.bfloat16
+    rounded = [
+        np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, model.convs[0].kernel[...])
+    ]
+    windows = np.lib.stride_tricks.sliding_window_view(rounded[0], (3, 3), (1, 2))
+    expected = np.einsum("bhwcij,ijco->bhwo", windows, rounded[1])
+    # A sum of nine products, each rounded to 8 bits at worst.
+    bound = 2.0**-8 * np.einsum("bhwcij,ijco->bhwo", abs(windows), abs(rounded[1]))
+    assert np.all(abs(np.asarray(outputs, np.float64) - expected) <= bound)
+    logits_BK, full_BK = model(x, train=True), full(x, train=True)
+    assert logits_BK.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    assert 0 < np.abs(logits_BK - full_BK).max() < 0.1 * np.abs(full_BK).max()
+
+
 def test_evaluation_changes_nothing_and_training_moves_statistics():
     model = CNN(SEED.model, rngs=nnx.Rngs(0))
     before = jax.tree.map(np.asarray, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
@@ -154,6 +187,7 @@ def test_space_to_depth_by_hand():
         ({"padding": ("VALID", "FULL", "SAME")}, "FULL"),
         ({"head": "max"}, "head 'max' is unknown"),
         ({"separable": True}, "separable and conv_bias"),
+        ({"precision": "float16"}, "precision 'float16' is unknown"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"dropout": float("nan")}, "dropout is nan"),
         ({"norm_momentum": 1.0}, "norm_momentum"),

@@ -1,0 +1,248 @@
+"""Everything that is to be known about a GPU (or TPU), in under nine minutes and one JSON file.
+
+    python experiments/gpu_study.py
+
+1. One network of each recipe, by precision: seconds of training after compilation, and accuracy;
+   hence the time to 99.17, 99.40 and 99.60%. To expect on an H200: 0.25, 1 and 5 seconds.
+2. Images a second against the number of members, under vmap and one after another.
+3. All members of each recipe's study at once: seconds, mean accuracy, its interval.
+
+The file is written anew after each part. A part for which no time is left says so.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from mnist_flax import command_line, runtime
+from mnist_flax.errors import InputError, Interrupted
+from mnist_flax.recipes import Recipe
+
+Precision = Literal["float32", "tensorfloat32", "bfloat16"]
+GOALS = (0.9917, 0.9940, 0.9960)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Options of the script.
+
+    Attributes:
+      recipes: the recipes to study.
+      precisions: how convolutions and products of one network are computed.
+      study_precision: the same for many members.
+      seeds: how many members each study has, at least 2.
+      singles: how many single networks are trained, from seeds 0 upwards, at least 1.
+      sizes: numbers of members whose images a second are measured, with the first recipe.
+      minutes: no part goes on for longer.
+      epochs: epochs instead of the recipes' own; for a rehearsal.
+      output: the JSON file.
+      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    """
+
+    recipes: tuple[str, ...] = ("quick", "fast", "strong", "accurate")
+    precisions: tuple[Precision, ...] = ("float32", "tensorfloat32", "bfloat16")
+    study_precision: Precision = "tensorfloat32"
+    seeds: int = 100
+    singles: int = 3
+    sizes: tuple[int, ...] = (1, 4, 16, 64, 100)
+    minutes: float = 8.5
+    epochs: int | None = None
+    output: Path = Path("runs/gpu_study.json")
+    data_dir: Path | None = None
+
+    def __post_init__(self):
+        if self.seeds < 2 or self.singles < 1 or min(self.sizes, default=1) < 1:
+            raise InputError("give at least 2 seeds, 1 single and sizes of at least 1")
+        if not self.minutes > 0:
+            raise InputError(f"minutes is {self.minutes}; give a number above 0")
+
+
+def at_precision(recipe: Recipe, precision: Precision) -> Recipe:
+    """Returns the recipe at a precision; JAX is told the one of float32's products."""
+    import jax
+
+    products = "tensorfloat32" if precision == "tensorfloat32" else "float32"
+    jax.config.update("jax_default_matmul_precision", products)
+    compute = "bfloat16" if precision == "bfloat16" else "float32"
+    model = dataclasses.replace(recipe.model, precision=compute)
+    return dataclasses.replace(recipe, model=model)
+
+
+def single(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> dict[str, Any]:
+    """Trains networks one at a time, each on one device."""
+    from mnist_flax.evaluate import evaluate
+    from mnist_flax.fit import data_mesh, fit
+
+    seconds, accuracies = [], []
+    for seed in seeds:
+        seeded = dataclasses.replace(recipe, seed=seed)
+        result = fit(seeded, splits, mesh=data_mesh(1), progress=False, interrupted=late)
+        seconds.append(sum(row["train_seconds"] for row in result.history))
+        accuracies.append(evaluate(result.state, splits.test).accuracy)
+    return {
+        "train_seconds": seconds,
+        "compile_seconds": result.history[0]["compile_seconds"],
+        "test_accuracies": accuracies,
+        "mean": sum(accuracies) / len(accuracies),
+    }
+
+
+def speeds(recipe: Recipe, splits, *, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Returns the images a second of so many members, in both forms; median of five turns."""
+    import jax
+    import numpy as np
+    import scaling  # the script beside this one
+
+    made = []
+    for size in sizes:
+        for line, loop in (("vmap", False), ("one after another", True)):
+            run = scaling.training(
+                recipe, splits, members=size, devices=len(jax.devices()), steps=20, loop=loop
+            )
+            images = 20 * size * recipe.batch_size
+            made.append(scaling.Contender("members", line, size, images, run))
+    measured = scaling.time_turns(made, turns=5)
+    return [
+        {"members": c.size, "form": c.line, "images_per_second": float(np.median(values))}
+        for c, values in zip(made, measured, strict=True)
+    ]
+
+
+def study(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> dict[str, Any]:
+    """Trains all members at once."""
+    import numpy as np
+    import seeds as seeds_script  # the script beside this one
+
+    from mnist_flax.members import evaluate_many, fit_many
+
+    began = time.perf_counter()
+    result = fit_many(recipe, splits, seeds=seeds, progress=False, interrupted=late)
+    fitted = time.perf_counter()
+    accuracies = np.array([e.accuracy for e in evaluate_many(result.states, splits.test)])
+    rows = [row for history in result.histories for row in history]
+    return {
+        "members": len(seeds),
+        "fit_seconds": fitted - began,
+        "train_seconds": sum(row["train_seconds"] for row in rows),
+        "compile_seconds": sum(row["compile_seconds"] for row in rows),
+        "test_seconds": time.perf_counter() - fitted,
+        "mean": float(accuracies.mean()),
+        "deviation": float(accuracies.std(ddof=1)),
+        "interval": seeds_script.interval(accuracies),
+        "test_accuracies": accuracies.tolist(),
+        "diverged": sum(reason is not None for reason in result.diverged),
+    }
+
+
+def times_to(goals: tuple[float, ...], singles: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns for each accuracy the quickest single network whose recipe reaches it on average."""
+    rows = []
+    for goal in goals:
+        reached = [
+            {
+                "goal": goal,
+                "part": name,
+                "seconds": min(part["train_seconds"]),
+                "mean": part["mean"],
+            }
+            for name, part in singles.items()
+            if part.get("mean", 0) >= goal
+        ]
+        rows.append(min(reached, key=lambda row: row["seconds"], default={"goal": goal}))
+    return rows
+
+
+def main(arguments):
+    """Runs every part, and writes the file after each."""
+    began = time.perf_counter()
+    command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
+    recipes = {name: command_line.named_recipe(name) for name in command.recipes}
+    if command.epochs is not None:
+        recipes = {n: dataclasses.replace(r, epochs=command.epochs) for n, r in recipes.items()}
+    runtime.configure(cpu_devices=1)
+
+    import jax
+
+    from mnist_flax.data import load_splits
+    from mnist_flax.workdir import write_json
+
+    def late() -> bool:
+        return time.perf_counter() - began > 60 * command.minutes
+
+    loaded: dict[int, Any] = {}
+
+    def splits_of(recipe: Recipe):
+        if recipe.val_size not in loaded:
+            loaded[recipe.val_size] = load_splits(
+                recipe.dataset,
+                val_size=recipe.val_size,
+                seed=recipe.split_seed,
+                data_dir=command.data_dir,
+            )
+        return loaded[recipe.val_size]
+
+    device = jax.devices()[0]
+    found: dict[str, Any] = {
+        "device": device.device_kind,
+        "devices": len(jax.devices()),
+        "jax": jax.__version__,
+        "singles": {},
+        "speeds": [],
+        "studies": {},
+    }
+    command.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(part: str, work: Callable[[], Any]) -> Any:
+        try:
+            result = {"unfinished": "no time was left"} if late() else work()
+        except Interrupted:
+            result = {"unfinished": "stopped when the time was over"}
+        found["seconds"] = time.perf_counter() - began
+        print(f"{found['seconds']:6.1f} s  {part}", flush=True)
+        return result
+
+    for name, recipe in recipes.items():
+        if name == "accurate":
+            continue  # minutes long; its study has its accuracy
+        for precision in command.precisions:
+            part = f"{name} {precision}"
+            found["singles"][part] = keep(
+                part,
+                lambda recipe=recipe, precision=precision: single(
+                    at_precision(recipe, precision),
+                    splits_of(recipe),
+                    seeds=range(command.singles),
+                    late=late,
+                ),
+            )
+            found["times"] = times_to(GOALS, found["singles"])
+            write_json(command.output, found)
+    first = recipes[command.recipes[0]]
+    found["speeds"] = keep(
+        "speeds",
+        lambda: speeds(
+            at_precision(first, command.study_precision), splits_of(first), sizes=command.sizes
+        ),
+    )
+    write_json(command.output, found)
+    for name, recipe in recipes.items():
+        found["studies"][name] = keep(
+            f"study of {name}",
+            lambda recipe=recipe: study(
+                at_precision(recipe, command.study_precision),
+                splits_of(recipe),
+                seeds=range(1000, 1000 + command.seeds),
+                late=late,
+            ),
+        )
+        write_json(command.output, found)
+    for row in found["times"]:
+        seconds = f"{row['seconds']:.2f} s ({row['part']})" if "seconds" in row else "not reached"
+        print(f"to {row['goal']:.2%}: {seconds}")
+    print(f"written to {command.output}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
