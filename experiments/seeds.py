@@ -135,6 +135,16 @@ def describe(name: str, study: dict[str, Any]) -> str:
     )
 
 
+def table_row(name: str, study: dict[str, Any]) -> str:
+    """Returns a study as a row of the table in RESULTS.md."""
+    low, high = study["interval"]
+    return (
+        f"| `{name}` | {study['mean']:.3%} | {study['deviation']:.3%} | {low:.3%} to {high:.3%} "
+        f"| {len(study['members'])} | {study['ensemble_accuracy']:.2%} "
+        f"| {study['ensemble_loss']:.4f} | {study['train_seconds_mean']:.3g} |"
+    )
+
+
 def main(arguments):
     """Trains every seed, prints the statistics, writes study.json and seeds.png."""
     name, rest = command_line.split_recipe(arguments)
@@ -170,6 +180,7 @@ def main(arguments):
             return interrupts.exit_status
     for label, study in studies.items():
         print(describe(label, study))
+        print(table_row(label, study))
     summary: dict[str, Any] = {"studies": studies}
     if command.versus is not None:
         ours, theirs = accuracies.values()

@@ -31,6 +31,8 @@ from mnist_flax.errors import InputError
 if TYPE_CHECKING:
     import grain
 
+EVAL_BATCH = 500  # examples of a batch in evaluation, where the caller has no wish
+
 _INFO_FILE = "decoded.json"
 _ARRAYS_FILE = "decoded.npz"
 _READ_RECORDS = 1024  # At a time: one by one, records take three times as long to read.

@@ -10,10 +10,8 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from mnist_flax.data import Examples, eval_batches
+from mnist_flax.data import EVAL_BATCH, Examples, eval_batches
 from mnist_flax.steps import TrainState, eval_logits
-
-EVAL_BATCH = 500
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from mnist_flax import checkpoint, hosts
 from mnist_flax.checkpoint import Progress
 from mnist_flax.data import (
+    EVAL_BATCH,
     DatasetInfo,
     Examples,
     Records,
@@ -54,8 +55,6 @@ from mnist_flax.steps import (
 from mnist_flax.stopping import EarlyStopping
 from mnist_flax.workdir import LOCK_FILE, RECIPE_FILE, MetricsLog, NoLog, claim, write_json
 
-# Examples a batch of validation, rounded up to a multiple of the devices.
-EVAL_BATCH = 500
 # How long the device works between two looks of the host at the metrics and at interrupts.
 CALL_SECONDS = 0.5
 # Steps' worth of streamed examples that are on the device at a time.
@@ -430,7 +429,7 @@ def epochs(
     metrics = zero if start_metrics is None else start_metrics
     val_batches = None
     if recipe.val_size:
-        val_batches = validation_batches(splits.val, mesh=mesh)
+        val_batches = sharded_batches(splits.val, mesh=mesh)
     train = splits.train
     if not isinstance(train, Records):
         train = place(train, everywhere)
@@ -510,10 +509,10 @@ def place(examples: Examples, sharding: NamedSharding) -> Examples:
     )
 
 
-def validation_batches(val: Examples, *, mesh: Mesh) -> Examples:
-    """Returns validation on the devices, images [S, B, H, W, C], each batch shared."""
+def sharded_batches(examples: Examples, *, mesh: Mesh) -> Examples:
+    """Returns a split as `eval_batches` on the devices, which share each batch."""
     sharing = mesh.shape[BATCH_AXIS]
-    batches = eval_batches(val, batch_size=-(-EVAL_BATCH // sharing) * sharing)
+    batches = eval_batches(examples, batch_size=-(-EVAL_BATCH // sharing) * sharing)
     return place(batches, NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS)))
 
 

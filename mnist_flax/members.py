@@ -29,9 +29,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from mnist_flax import checkpoint
-from mnist_flax.data import DatasetInfo, Examples, Records, Splits, epoch_order, eval_batches
+from mnist_flax.data import (
+    DatasetInfo,
+    Examples,
+    Records,
+    Splits,
+    epoch_order,
+)
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.evaluate import EVAL_BATCH, Evaluation, batched_logits
+from mnist_flax.evaluate import Evaluation, batched_logits
 from mnist_flax.fit import (
     FitResult,
     Programs,
@@ -44,9 +50,9 @@ from mnist_flax.fit import (
     never,
     num_train,
     resident_feed,
+    sharded_batches,
     train_epoch,
     train_steps,
-    validation_batches,
 )
 from mnist_flax.metrics import Metrics
 from mnist_flax.ops import BATCH_AXIS
@@ -382,7 +388,7 @@ def member_epochs(
         for name in varied
     }
     train = jax.device_put(splits.train, NamedSharding(mesh, PartitionSpec()))
-    val_batches = validation_batches(splits.val, mesh=mesh) if recipe.val_size else None
+    val_batches = sharded_batches(splits.val, mesh=mesh) if recipe.val_size else None
 
     def order(key, epoch):
         order_key = draw_key(key, Purpose.ORDER, epoch)
@@ -667,11 +673,9 @@ def evaluate_many(
       mesh: the devices that hold the states; None takes `member_mesh` of all.
     """
     mesh, N = mesh or member_mesh(len(states.step)), examples.num_examples
-    sharing = mesh.shape[BATCH_AXIS]
-    batches = eval_batches(examples, batch_size=-(-EVAL_BATCH // sharing) * sharing)
-    by_batch = NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS))
+    images_SBHWC = sharded_batches(examples, mesh=mesh).images
     with jax.set_mesh(mesh):
-        logits_MSBK = _logits(states, jax.device_put(batches.images, by_batch), mesh=mesh)
+        logits_MSBK = _logits(states, images_SBHWC, mesh=mesh)
     logits_MNK = np.asarray(logits_MSBK).reshape(len(states.step), -1, logits_MSBK.shape[-1])
     labels_N = np.asarray(examples.labels)
     return [Evaluation(logits_NK[:N], labels_N) for logits_NK in logits_MNK]

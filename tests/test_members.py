@@ -186,6 +186,12 @@ def test_bad_input_is_refused_before_anything_is_written(small, study, data_dir,
         member_mesh(2, devices=99)
 
 
+def test_several_processes_are_refused(small, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="in one process"):
+        fit_many(STOPPING, small, seeds=SEEDS, progress=False)
+
+
 def test_a_study_is_no_run_of_fit(study, small):
     with pytest.raises(InputError):
         fit(STOPPING, small, workdir=study[1], resume=True, progress=False)
