@@ -1,20 +1,29 @@
 """Many members in one program, against runs of their own: real MNIST, real checkpoints."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import MODEL, RECIPE, head
 from test_fit import after, timeless
 
-from mnist_flax.data import load_splits
+from mnist_flax.data import epoch_order, load_splits
 from mnist_flax.errors import CheckpointError, DivergedError, InputError, Interrupted
 from mnist_flax.evaluate import evaluate
-from mnist_flax.fit import fit
-from mnist_flax.members import evaluate_many, fit_many, member_mesh
+from mnist_flax.fit import Window, fit
+from mnist_flax.members import (
+    compile_programs,
+    evaluate_many,
+    fit_many,
+    fresh_progress,
+    member_mesh,
+    member_recipes,
+)
 from mnist_flax.recipes import (
     TRACEABLE,
     AffineConfig,
@@ -184,6 +193,35 @@ def test_bad_input_is_refused_before_anything_is_written(small, study, data_dir,
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match="devices is 99"):
         member_mesh(2, devices=99)
+
+
+def test_vmapped_members_are_those_one_after_another(small):
+    """The form of a GPU, on the CPU: five steps of two members; the third takes none."""
+    mesh = member_mesh(3, devices=1)
+    recipes = member_recipes(PLAIN, seeds=SEEDS, vary={})
+    fresh = fresh_progress(recipes, small.info, steps=24, mesh=mesh)
+    order = functools.partial(epoch_order, num_examples=1230, batch_size=50)
+    indices_MSB = jax.vmap(order)(jax.random.split(jax.random.key(0), 3))
+    window = Window(small.train, indices_MSB, 0, 5)
+    ends = []
+    for loop in (True, False):
+        programs = compile_programs(PLAIN, fresh, {}, window, None, steps=24, mesh=mesh, loop=loop)
+        states = jax.tree.map(jnp.copy, fresh.states)
+        active_M = jnp.array([True, True, False])
+        ends.append(programs.train(active_M, {}, states, fresh.metrics, *window))
+    for states, metrics in ends:
+        assert np.asarray(states.step).tolist() == [5, 5, 0]
+        assert np.asarray(metrics.count).tolist() == [250, 250, 0]
+        jax.tree.map(
+            lambda new, old: np.testing.assert_array_equal(new[2], old[2]),
+            bits(states),
+            bits(fresh.states),
+        )
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=0, atol=1e-5),
+        bits(ends[0][0]),
+        bits(ends[1][0]),
+    )
 
 
 def test_several_processes_are_refused(small, monkeypatch):
