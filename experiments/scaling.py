@@ -2,8 +2,8 @@
 
     python experiments/scaling.py
 
-On 2 cores it takes four minutes. To expect: members that have a core each train 1.4 times as many
-images as one member on both cores; under vmap, which is for accelerators, far fewer; larger
+On 2 cores it takes two and a half minutes. To expect: members that have a core each train 1.2 times
+as many images as one member on both cores; under vmap, which is for accelerators, far fewer; larger
 batches help up to some 256. Contenders take turns, so other work on the machine meets all alike.
 """
 
