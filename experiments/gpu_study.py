@@ -128,9 +128,7 @@ def study(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> 
         "train_seconds": sum(row["train_seconds"] for row in rows),
         "compile_seconds": sum(row["compile_seconds"] for row in rows),
         "test_seconds": time.perf_counter() - fitted,
-        "mean": float(accuracies.mean()),
-        "deviation": float(accuracies.std(ddof=1)),
-        "interval": seeds_script.interval(accuracies),
+        **seeds_script.statistics(accuracies),
         "test_accuracies": accuracies.tolist(),
         "diverged": sum(reason is not None for reason in result.diverged),
     }

@@ -58,6 +58,15 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def statistics(accuracies: np.ndarray) -> dict[str, Any]:
+    """Returns the mean of the members' accuracies, their deviation and the mean's interval."""
+    return {
+        "mean": float(accuracies.mean()),
+        "deviation": float(accuracies.std(ddof=1)),
+        "interval": interval(accuracies),
+    }
+
+
 def run_seeds(
     recipe: Recipe,
     *,
@@ -110,9 +119,7 @@ def run_seeds(
     accuracies = np.array([test.accuracy for test in tests])
     study = {
         "recipe": to_dict(recipe),
-        "mean": float(accuracies.mean()),
-        "deviation": float(accuracies.std(ddof=1)),
-        "interval": interval(accuracies),
+        **statistics(accuracies),
         "fit_seconds": trained - began,
         "test_seconds": time.perf_counter() - trained,
         "train_seconds_mean": sum(member["train_seconds"] for member in members) / len(members),

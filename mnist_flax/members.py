@@ -11,6 +11,7 @@ train 9,600 images a second vmapped and 28,800 one after another (`python experi
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -49,6 +50,7 @@ from mnist_flax.fit import (
     first_devices,
     never,
     num_train,
+    place,
     resident_feed,
     sharded_batches,
     train_epoch,
@@ -224,6 +226,7 @@ def for_each_member(
     )
 
 
+@jax.jit
 def choose(mask_M: jax.Array | np.ndarray, new: T, old: T) -> T:
     """Returns the arrays of `new` for the members in the mask, those of `old` for the others."""
 
@@ -233,9 +236,6 @@ def choose(mask_M: jax.Array | np.ndarray, new: T, old: T) -> T:
         return jnp.where(mask_M.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
     return jax.tree.map(choose_array, new, old)
-
-
-choose_jitted = jax.jit(choose)
 
 
 def fresh_progress(
@@ -387,7 +387,7 @@ def member_epochs(
         name: jax.device_put(np.array([get_field(r, name) for r in recipes], np.float32), by_member)
         for name in varied
     }
-    train = jax.device_put(splits.train, NamedSharding(mesh, PartitionSpec()))
+    train = place(splits.train, NamedSharding(mesh, PartitionSpec()))
     val_batches = sharded_batches(splits.val, mesh=mesh) if recipe.val_size else None
 
     def order(key, epoch):
@@ -399,7 +399,7 @@ def member_epochs(
         out_shardings=NamedSharding(mesh, PartitionSpec(MEMBER_AXIS, None, BATCH_AXIS)),
     )
     schedule = jax.jit(recipe_schedule(recipe, steps_per_epoch=steps, traced=traced))
-    now, programs = start, None
+    now, zero, programs = start, no_metrics(M, mesh=mesh), None
     for epoch in range(now.step // steps + 1, recipe.epochs + 1):
         if not (count := int(now.active_M.sum())):
             return
@@ -442,7 +442,7 @@ def member_epochs(
         }
         rows = epoch_rows(metrics, val, epoch=epoch, step=epoch * steps, rates_M=rates_M)
         now = after_epoch(now, states, [row | seconds for row in rows], norms_M=norms_M)
-        now = dataclasses.replace(now, metrics=no_metrics(M, mesh=mesh))
+        now = dataclasses.replace(now, metrics=zero)
         yield now
 
 
@@ -450,22 +450,16 @@ def epoch_rows(
     metrics: Metrics, val: Metrics | None, *, epoch: int, step: int, rates_M: np.ndarray
 ) -> list[dict[str, Any]]:
     """Returns each member's numbers of an epoch, as `EpochResult.row` has them, without seconds."""
-    with np.errstate(invalid="ignore"):  # members that have ended saw no example
-        train_loss_M, train_accuracy_M = np.asarray(metrics.loss), np.asarray(metrics.accuracy)
-    rows = []
-    for i, rate in enumerate(rates_M):
-        rows.append(
-            {
-                "epoch": epoch,
-                "step": step,
-                "learning_rate": float(rate),
-                "train_loss": float(train_loss_M[i]),
-                "train_accuracy": float(train_accuracy_M[i]),
-                "val_loss": None if val is None else float(val.loss[i]),
-                "val_accuracy": None if val is None else float(val.accuracy[i]),
-            }
-        )
-    return rows
+    none_M = [None] * len(rates_M)
+    columns = {
+        "learning_rate": rates_M.tolist(),
+        "train_loss": np.asarray(metrics.loss).tolist(),
+        "train_accuracy": np.asarray(metrics.accuracy).tolist(),
+        "val_loss": none_M if val is None else np.asarray(val.loss).tolist(),
+        "val_accuracy": none_M if val is None else np.asarray(val.accuracy).tolist(),
+    }
+    rows = zip(*columns.values(), strict=True)
+    return [{"epoch": epoch, "step": step} | dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def after_epoch(
@@ -498,7 +492,7 @@ def after_epoch(
     return dataclasses.replace(
         progress,
         states=states,
-        best=choose_jitted(improved_M, states, progress.best),
+        best=choose(improved_M, states, progress.best),
         stopping=tuple(stopping),
         histories=tuple(histories),
         diverged=tuple(diverged),
@@ -569,7 +563,7 @@ def fit_many(
         interrupted=interrupted,
     )
     if workdir is None:
-        *_, last = train(start=fresh)
+        (last,) = collections.deque(train(start=fresh), maxlen=1)  # not every epoch's states
         return members_result(recipes, last)
     study = {
         "recipe": to_dict(recipe),

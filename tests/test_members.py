@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import MODEL, RECIPE, head
-from test_fit import after, timeless
+from test_fit import after, bits, timeless
 
 from mnist_flax.data import epoch_order, load_splits
 from mnist_flax.errors import CheckpointError, DivergedError, InputError, Interrupted
@@ -46,10 +46,6 @@ STOPPING = dataclasses.replace(
     plateau=PlateauConfig(patience=1, min_delta=0.05),
     stopping=StoppingConfig(patience=1),
 )
-
-
-def bits(state):
-    return jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state, state.step))
 
 
 def without_val(row):
