@@ -518,7 +518,7 @@ def sharded_batches(examples: Examples, *, mesh: Mesh) -> Examples:
 
 def num_train(splits: Splits) -> int:
     """Returns the number of training examples, resident or streamed."""
-    return len(splits.train) if isinstance(splits.train, Records) else len(splits.train.labels)
+    return splits.train.num_examples
 
 
 def epoch_bar(
@@ -597,9 +597,11 @@ def fit(
         manager = held.enter_context(checkpoint.open_checkpoints(workdir))
         now = fresh
         if resume:
-            sound = functools.partial(checkpoint.restore_with_best, manager, recipe, fresh)
-            now = checkpoint.newest_sound(manager, lambda step: sound(step=step), strict=strict)
-            now = now or fresh
+
+            def restore(step: int) -> Progress:
+                return checkpoint.restore_with_best(manager, recipe, fresh, step=step)
+
+            now = checkpoint.newest_sound(manager, restore, strict=strict) or fresh
         if first:
             write_json(workdir / RECIPE_FILE, to_dict(recipe))
         with contextlib.closing(MetricsLog(workdir, now.history) if first else NoLog()) as log:
