@@ -7,6 +7,7 @@ milliseconds. To expect: the kernel's gradient several times as fast as `lax`'s.
 in training, `lax`'s is a hundred times slower still (jax-ml/jax#12868). Takes half a minute.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -21,6 +22,8 @@ CONVOLUTIONS = (
     (14, 4, 16, "SAME", 256),
     (7, 32, 64, "SAME", 256),
 )
+# The same, of depthwise separable convolutions.
+SEPARABLE = ((14, 6, 8, "VALID", 64), (14, 10, 14, "VALID", 64), (14, 16, 32, "VALID", 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,35 @@ def main(arguments):
                 for fast in (True, False)
             ]
             label = f"{images} x {size}x{size}x{inputs} -> {outputs} {padding}: {name}"
+            print(f"{label:58s}{times[0]:8.2f}{times[1]:8.2f}", flush=True)
+
+    def separable(x, depth, point, *, padding, fast):
+        with contextlib.nullcontext() if fast else ops.plain():
+            return ops.separable_conv(x, depth, point, padding=padding)
+
+    def gradients(x, depth, point, *, padding, fast):
+        function = functools.partial(separable, padding=padding, fast=fast)
+        y, vjp = jax.vjp(function, x, depth, point)
+        return vjp(y)
+
+    for size, inputs, outputs, padding, images in SEPARABLE:
+        keys = jax.random.split(jax.random.key(0), 3)
+        x = jax.device_put(jax.random.normal(keys[0], (images, size, size, inputs)), batch)
+        depth, point = (
+            jax.device_put(jax.random.normal(key, shape), everywhere)
+            for key, shape in ((keys[1], (3, 3, inputs)), (keys[2], (inputs, outputs)))
+        )
+        for name, function in (("forward", separable), ("forward and gradients", gradients)):
+            times = [
+                best_milliseconds(
+                    functools.partial(function, padding=padding, fast=fast),
+                    (x, depth, point),
+                    mesh=mesh,
+                    rounds=command.rounds,
+                )
+                for fast in (True, False)
+            ]
+            label = f"{images} x {size}x{size}x{inputs} -> {outputs} {padding}, separable: {name}"
             print(f"{label:58s}{times[0]:8.2f}{times[1]:8.2f}", flush=True)
 
 

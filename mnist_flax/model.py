@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any, Literal
 
@@ -30,8 +31,10 @@ class CNNConfig:
       pool: whether 2x2 max-pooling ends each convolution's block.
       kernel_size: side of every convolution kernel.
       separable: whether each convolution but the first is depthwise separable: one kernel
-        a channel, then a matrix over channels, with nothing between them.
+        a channel, then a matrix over channels, with nothing between them. Such networks have few
+        channels, and are computed in the form that suits few.
       conv_bias: whether convolutions have a bias; separable ones have none.
+      norm_scale: whether BatchNorm has a scale; the next convolution can do without it.
       norm_momentum: weight of the old value in BatchNorm's running statistics, in [0, 1).
       norm_epsilon: added to BatchNorm's variance, above 0.
       head: what follows the convolutions: "flatten" keeps every place, "mean" averages over them.
@@ -51,6 +54,7 @@ class CNNConfig:
     kernel_size: int = 3
     separable: bool = False
     conv_bias: bool = True
+    norm_scale: bool = True
     norm_momentum: float = 0.99
     norm_epsilon: float = 1e-3
     head: Head = "flatten"
@@ -121,7 +125,9 @@ def space_to_depth(images_BHWC: jax.Array, *, patch: int) -> jax.Array:
     return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // patch, W // patch, patch**2 * C)
 
 
-def relu_norm_pool(norm: Any, inputs_BHWC: jax.Array, *, pool: bool, train: bool) -> jax.Array:
+def relu_norm_pool(
+    norm: Any, inputs_BHWC: jax.Array, *, pool: bool, few_channels: bool, train: bool
+) -> jax.Array:
     """Applies ReLU, an `nnx.BatchNorm` and, where `pool`, 2x2 max-pooling.
 
     With `train`, the batch's own statistics normalise, and `norm`'s running ones move towards them.
@@ -129,9 +135,16 @@ def relu_norm_pool(norm: Any, inputs_BHWC: jax.Array, *, pool: bool, train: bool
     window = 2 if pool else 1
     if not train:
         outputs_BHWC = norm(nnx.relu(inputs_BHWC), use_running_average=True)
-        return ops.max_pool(outputs_BHWC, window=window)
+        return ops.max_pool(outputs_BHWC, window=window, few_channels=few_channels)
+    bias_C = norm.bias[...]
+    scale_C = jnp.ones_like(bias_C) if norm.scale is None else norm.scale[...]
     outputs_BHWC, mean_C, var_C = ops.relu_norm_pool(
-        inputs_BHWC, norm.scale[...], norm.bias[...], epsilon=norm.epsilon, window=window
+        inputs_BHWC,
+        scale_C,
+        bias_C,
+        epsilon=norm.epsilon,
+        window=window,
+        few_channels=few_channels,
     )
     # Apart from what comes before, so that XLA rounds them alike in every program.
     mean_C, var_C = jax.lax.optimization_barrier((mean_C, var_C))
@@ -150,11 +163,7 @@ def dropout(key: jax.Array, x: jax.Array, *, rate: float | jax.Array) -> jax.Arr
 
 
 class SeparableConv(nnx.Module):
-    """A depthwise and a pointwise convolution, applied as the one convolution that they make.
-
-    With nothing between the two they are a convolution by the kernel depth[i, j, c] * point[c, o].
-    For tens of channels one such convolution is faster on the CPU than a depthwise one.
-    """
+    """A depthwise convolution, one kernel a channel, and a matrix over channels."""
 
     def __init__(
         self,
@@ -178,15 +187,13 @@ class SeparableConv(nnx.Module):
         self.padding = padding
         self.dtype = dtype
 
-    def kernel(self) -> jax.Array:
-        """Returns the kernel [I, J, C, O] of the one convolution."""
-        return jnp.einsum("ijc,co->ijco", self.depth[...], self.point[...])
-
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Returns the convolution [B, H', W', O]."""
         dtype = x_BHWC.dtype if self.dtype is None else self.dtype
-        x_BHWC, kernel_IJCO = x_BHWC.astype(dtype), self.kernel().astype(dtype)
-        return ops.conv(x_BHWC, kernel_IJCO, (1, 1), self.padding, dimension_numbers=ops.NHWC)
+        x_BHWC, depth_IJC, point_CO = (
+            a.astype(dtype) for a in (x_BHWC, self.depth[...], self.point[...])
+        )
+        return ops.separable_conv(x_BHWC, depth_IJC, point_CO, padding=self.padding)
 
 
 def compute_dtype(config: CNNConfig) -> Any:
@@ -219,7 +226,7 @@ def make_conv(config: CNNConfig, index: int, n_in: int, *, rngs: nnx.Rngs) -> nn
         use_bias=config.conv_bias,
         kernel_init=nnx.initializers.he_normal(),
         dtype=compute_dtype(config),
-        conv_general_dilated=ops.conv,
+        conv_general_dilated=functools.partial(ops.conv, few_channels=config.separable),
         rngs=rngs,
     )
 
@@ -252,7 +259,11 @@ class CNN(nnx.Module):
         self.norms = nnx.List(
             [
                 nnx.BatchNorm(
-                    n, momentum=config.norm_momentum, epsilon=config.norm_epsilon, rngs=rngs
+                    n,
+                    momentum=config.norm_momentum,
+                    epsilon=config.norm_epsilon,
+                    use_scale=config.norm_scale,
+                    rngs=rngs,
                 )
                 for n in config.widths
             ]
@@ -281,9 +292,11 @@ class CNN(nnx.Module):
           images_BHWC: float images in [0, 1].
           train: normalise by the batch's own statistics and move the running ones towards them.
         """
+        few_channels = self.config.separable
         x = space_to_depth(images_BHWC, patch=self.config.patch)
         for conv, norm, pool in zip(self.convs, self.norms, self.config.pool, strict=True):
-            x = relu_norm_pool(norm, at_least_float32(conv(x)), pool=pool, train=train)
+            x = at_least_float32(conv(x))
+            x = relu_norm_pool(norm, x, pool=pool, few_channels=few_channels, train=train)
         x = x.mean((1, 2)) if self.config.head == "mean" else x.reshape(x.shape[0], -1)
         for dense in self.hidden:
             x = nnx.relu(at_least_float32(dense(x)))

@@ -1,6 +1,7 @@
 """Convolution, max-pooling and ReLU-BatchNorm-pooling that XLA's CPU backend runs fast.
 
     conv(lhs_BHWC, rhs_HWIO, strides, padding, ...)                 -> out_BHWO
+    separable_conv(x_BHWC, depth_IJC, point_CO, *, padding)         -> out_BHWO
     max_pool(x_BHWC, *, window)                                     -> y_BHWC
     relu_norm_pool(x_BHWC, scale_C, bias_C, *, epsilon, window)     -> y_BHWC, mean_C, var_C
 
@@ -10,6 +11,10 @@ The backend is asked for while tracing: `lax.platform_dependent` would put a bra
 residuals of both its sides, into every differentiated program.
 
 A batch sharded over the mesh axis "data" (`jax.set_mesh`) is worked on where it lies.
+
+Too few channels to fill a vector register are slow as the last axis. `few_channels` and
+`separable_conv` work in planes, [C, H, W, B], on the CPU. What they take and return is [B, H, W, C]
+all the same: XLA drops the transpositions between two of them.
 
 Times are the best of many on two cores of a Sapphire Rapids Xeon, jax 0.10.2, float32, one JAX
 device a core, for the convolution of 128 images of 26x26x32 to 24x24x64:
@@ -25,13 +30,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
 BATCH_AXIS = "data"  # the mesh axis that a batch is sharded over
 NHWC = ("NHWC", "HWIO", "NHWC")
-FEW_CHANNELS = 8  # below it, but not at 1, patches and a product beat XLA's convolution
+PATCH_CHANNELS = 8  # below it, but not at 1, patches and a product beat XLA's convolution
 CHUNK_BYTES = 512 * 1024  # a chunk of the output; with the input and a shifted copy, one core's L2
 
 
@@ -48,6 +54,8 @@ def conv(
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
+    *,
+    few_channels: bool = False,
 ) -> jax.Array:
     """Convolves as `lax.conv_general_dilated` does, with its arguments.
 
@@ -62,6 +70,7 @@ def conv(
       in scalar code (jax-ml/jax#12868).
     - Gradient of the kernel (13 ms; `lax` 58): one matrix product for each kernel position, of the
       output's gradient with a shifted copy of the input, over chunks that stay in cache.
+    - With `few_channels`, one input channel is convolved in planes: a sum of nine shifted images.
 
     Returns:
       The convolution [B, H, W, O], in the inputs' dtype.
@@ -96,10 +105,38 @@ def conv(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], (1, 1), padding)
     (top, bottom), (left, right) = padding
+    if few_channels and lhs.shape[-1] == 1:
+        return _plane_conv(lhs, rhs, ((top, bottom), (left, right)))
     return _conv(lhs, rhs, ((top, bottom), (left, right)))
 
 
-def max_pool(x_BHWC: jax.Array, *, window: int) -> jax.Array:
+def separable_conv(
+    x_BHWC: jax.Array, depth_IJC: jax.Array, point_CO: jax.Array, *, padding: str
+) -> jax.Array:
+    """Convolves each channel by its own kernel, then applies a matrix over channels.
+
+    With nothing between the two they are one, by the kernel depth[i, j, c] * point[c, o],
+    and that is what accelerators are given. On the CPU a sum of shifted planes, then a product.
+
+    Args:
+      x_BHWC: [B, H, W, C].
+      depth_IJC: a kernel for each channel.
+      point_CO: the matrix.
+      padding: "SAME" or "VALID".
+
+    Returns:
+      [B, H', W', O], in the inputs' dtype.
+    """
+    if not (_on_cpu() and jnp.finfo(x_BHWC.dtype).bits >= 32):
+        kernel_IJCO = jnp.einsum("ijc,co->ijco", depth_IJC, point_CO)
+        return lax.conv_general_dilated(
+            x_BHWC, kernel_IJCO, (1, 1), padding, dimension_numbers=NHWC
+        )
+    pads = lax.padtype_to_pads(x_BHWC.shape[1:3], depth_IJC.shape[:2], (1, 1), padding)
+    return _separable_conv(x_BHWC, depth_IJC, point_CO, tuple(pads))
+
+
+def max_pool(x_BHWC: jax.Array, *, window: int, few_channels: bool = False) -> jax.Array:
     """Returns the maximum of each `window` x `window` block; what is left over is dropped.
 
     Among equal maxima the first in row-major order receives the gradient, on every backend.
@@ -107,6 +144,7 @@ def max_pool(x_BHWC: jax.Array, *, window: int) -> jax.Array:
     Args:
       x_BHWC: [B, H, W, C], floating point.
       window: side of the blocks; 1 is no pooling.
+      few_channels: whether to work in planes on the CPU.
 
     Returns:
       [B, H // window, W // window, C].
@@ -114,7 +152,8 @@ def max_pool(x_BHWC: jax.Array, *, window: int) -> jax.Array:
     if window == 1:
         return x_BHWC
     if _on_cpu():
-        return _max_pool(x_BHWC, window, x_BHWC.shape[1:3])
+        pool = functools.partial(_max_pool, window=window, size=x_BHWC.shape[1:3])
+        return _in_planes(pool, x_BHWC) if few_channels else pool(x_BHWC)
     return _reduce_max(x_BHWC, window)
 
 
@@ -125,6 +164,7 @@ def relu_norm_pool(
     *,
     epsilon: float,
     window: int = 1,
+    few_channels: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """ReLU, then BatchNorm by the statistics of this batch, then max-pooling, in one.
 
@@ -141,17 +181,25 @@ def relu_norm_pool(
       bias_C: BatchNorm's bias.
       epsilon: added to the variance.
       window: side of the pooling window; 1 is no pooling.
+      few_channels: whether to work in planes on the CPU.
 
     Returns:
       The output [B, H // window, W // window, C], and the mean [C] and the biased variance [C] of
       the ReLU's output over the whole (global) batch: what running statistics follow.
     """
+    if _on_cpu() and few_channels:
+        y_CHWB, mean_C, var_C = _relu_norm_pool(
+            _swapped(x_BHWC), scale_C, bias_C, epsilon, window, 0
+        )
+        return _swapped(y_CHWB), mean_C, var_C
     if _on_cpu():
-        return _relu_norm_pool(x_BHWC, scale_C, bias_C, epsilon, window)
+        return _relu_norm_pool(x_BHWC, scale_C, bias_C, epsilon, window, 3)
     relu = nnx.relu(x_BHWC)  # whose slope at 0 is 0; that of jnp.maximum is 0.5
-    mean_C, var_C = _moments(relu)
+    mean_C, var_C = _moments(relu, 3)
     slope_C = scale_C * lax.rsqrt(var_C + epsilon)
-    y_BHWC = (relu - _to_BHWC(mean_C)) * _to_BHWC(slope_C) + _to_BHWC(bias_C)
+    y_BHWC = (relu - mean_C[None, None, None]) * slope_C[None, None, None] + bias_C[
+        None, None, None
+    ]
     return _reduce_max(y_BHWC, window), mean_C, var_C
 
 
@@ -177,7 +225,7 @@ def _on_cpu() -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x_BHWC, w_HWIO, padding):
-    if 1 < x_BHWC.shape[-1] < FEW_CHANNELS:
+    if 1 < x_BHWC.shape[-1] < PATCH_CHANNELS:
         return _patch_product(x_BHWC, w_HWIO, padding)
     return _one_convolution(x_BHWC, w_HWIO, padding)
 
@@ -225,8 +273,7 @@ def _conv_bwd(padding, residuals, dy_BHWO):
     x_BHWC, w_HWIO = residuals
     size = w_HWIO.shape[:2]
     flipped_HWOI = jnp.flip(w_HWIO, (0, 1)).swapaxes(2, 3)
-    complement = [(k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(size, padding, strict=True)]
-    dx_BHWC = _one_convolution(dy_BHWO, flipped_HWOI, complement)
+    dx_BHWC = _one_convolution(dy_BHWO, flipped_HWOI, _complement(padding, size))
     kernel_gradient = functools.partial(_kernel_gradient, size=size, padding=padding)
     return dx_BHWC, _on_each_device(kernel_gradient, (x_BHWC, dy_BHWO), total=True)
 
@@ -285,9 +332,14 @@ def _kernel_gradient(x_BHWC, dy_BHWO, *, size, padding):
     return total.reshape(*size, C, O)
 
 
-def _padded(x_BHWC, padding):
-    """Puts zeros around each image."""
-    return jnp.pad(x_BHWC, ((0, 0), *padding, (0, 0)))
+def _padded(x, padding):
+    """Puts zeros around each image of [B, H, W, C] or [C, H, W, B]."""
+    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+
+def _complement(padding, size):
+    """Returns the padding with which the flipped kernel undoes a convolution's loss of pixels."""
+    return tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(size, padding, strict=True))
 
 
 def _divisor(n: int, *, at_most: int) -> int:
@@ -339,53 +391,175 @@ def _max_pool_bwd(window, size, winner_BHWC, dy_BHWC):
 _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
-# ReLU, BatchNorm and pooling
+# ReLU, BatchNorm and pooling, of [B, H, W, C] with the channels' axis 3 or of [C, H, W, B] with 0
 
 
-def _to_BHWC(a_C):
-    return jnp.expand_dims(a_C, (0, 1, 2))
-
-
-def _moments(x_BHWC):
-    mean_C = x_BHWC.mean((0, 1, 2))
-    var_C = jnp.maximum((x_BHWC * x_BHWC).mean((0, 1, 2)) - mean_C * mean_C, 0)
+def _moments(x, axis):
+    others = tuple(n for n in range(4) if n != axis)
+    mean_C = x.mean(others)
+    var_C = jnp.maximum((x * x).mean(others) - mean_C * mean_C, 0)
     return mean_C, var_C
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _relu_norm_pool(x_BHWC, scale_C, bias_C, epsilon, window):
-    return _relu_norm_pool_fwd(x_BHWC, scale_C, bias_C, epsilon, window)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _relu_norm_pool(x, scale_C, bias_C, epsilon, window, axis):
+    return _relu_norm_pool_fwd(x, scale_C, bias_C, epsilon, window, axis)[0]
 
 
-def _relu_norm_pool_fwd(x_BHWC, scale_C, bias_C, epsilon, window):
-    pooled = relu = jnp.maximum(x_BHWC, 0)
+def _relu_norm_pool_fwd(x, scale_C, bias_C, epsilon, window, axis):
+    wide = functools.partial(_widened, axis=axis)
+    pooled = relu = jnp.maximum(x, 0)
     winner = None
-    mean_C, var_C = _moments(relu)
+    mean_C, var_C = _moments(relu, axis)
     if window > 1:
-        sign = _to_BHWC(jnp.where(scale_C < 0, -1, 1).astype(relu.dtype))
+        sign = wide(jnp.where(scale_C < 0, -1, 1).astype(relu.dtype))
         pooled, winner = _pool(relu * sign, window)
         pooled *= sign
     slope_C = scale_C * lax.rsqrt(var_C + epsilon)
-    y_BHWC = pooled * _to_BHWC(slope_C) + _to_BHWC(bias_C - mean_C * slope_C)
-    return (y_BHWC, mean_C, var_C), (relu, pooled, winner, scale_C, mean_C, var_C)
+    y = pooled * wide(slope_C) + wide(bias_C - mean_C * slope_C)
+    return (y, mean_C, var_C), (relu, pooled, winner, scale_C, mean_C, var_C)
 
 
-def _relu_norm_pool_bwd(epsilon, window, residuals, cotangents):
+def _relu_norm_pool_bwd(epsilon, window, axis, residuals, cotangents):
     relu, pooled, winner, scale_C, mean_C, var_C = residuals
-    dy_BHWC, dmean_C, dvar_C = cotangents
+    dy, dmean_C, dvar_C = cotangents
+    wide = functools.partial(_widened, axis=axis)
+    others = tuple(n for n in range(4) if n != axis)
     rstd_C = lax.rsqrt(var_C + epsilon)
     slope_C = scale_C * rstd_C
-    dbias_C = dy_BHWC.sum((0, 1, 2))
-    dscale_C = (dy_BHWC * (pooled - _to_BHWC(mean_C))).sum((0, 1, 2)) * rstd_C
+    dbias_C = dy.sum(others)
+    dscale_C = (dy * (pooled - wide(mean_C))).sum(others) * rstd_C
     # Ioffe & Szegedy (2015), section 3: through the output, the mean and the variance.
-    count = math.prod(relu.shape[:3])
+    count = relu.size // relu.shape[axis]
     dmean_C = (dmean_C - slope_C * dbias_C) / count
     dvar_C = (2 * dvar_C - slope_C * rstd_C * dscale_C) / count
-    through_y = dy_BHWC * _to_BHWC(slope_C)
+    through_y = dy * wide(slope_C)
     if window > 1:
         through_y = _unpool(through_y, winner, window, relu.shape[1:3])
-    through_moments = _to_BHWC(dmean_C - dvar_C * mean_C) + _to_BHWC(dvar_C) * relu
+    through_moments = wide(dmean_C - dvar_C * mean_C) + wide(dvar_C) * relu
     return jnp.where(relu > 0, through_y + through_moments, 0), dscale_C, dbias_C
 
 
 _relu_norm_pool.defvjp(_relu_norm_pool_fwd, _relu_norm_pool_bwd)
+
+
+def _widened(a_C, *, axis):
+    return jnp.expand_dims(a_C, [n for n in range(4) if n != axis])
+
+
+# Planes
+
+
+def _swapped(x):
+    """Returns [B, H, W, C] as [C, H, W, B], and the other way around."""
+    return x.transpose(3, 1, 2, 0)
+
+
+def _in_planes(fun, x_BHWC):
+    return _swapped(fun(_swapped(x_BHWC)))
+
+
+def _shifted_sum(x_CHWB, w_IJC, padding):
+    """Sums x[c, h + i, w + j, b] * w[i, j, c] over i and j; a single plane serves every c.
+
+    A loop over c, whose operand XLA computes once: it would compute the terms of a plain sum each
+    from the beginning.
+    """
+    x_CHWB = _padded(x_CHWB, padding)
+    size = w_IJC.shape[:2]
+
+    def plane(x_HWB, w_IJ):
+        terms = [tap * w for tap, w in zip(_shifted(x_HWB, size), w_IJ.ravel(), strict=True)]
+        return sum(terms[1:], terms[0])
+
+    w_CIJ = jnp.moveaxis(w_IJC, 2, 0)
+    if x_CHWB.shape[0] == 1:
+        return lax.map(lambda w_IJ: plane(x_CHWB[0], w_IJ), w_CIJ)
+    return lax.map(lambda xw: plane(*xw), (x_CHWB, w_CIJ))
+
+
+def _shifted(x_HWB, size):
+    """Returns a shifted copy of the image for each position (i, j) of a kernel of `size`."""
+    H, W = (n - k + 1 for n, k in zip(x_HWB.shape, size, strict=False))
+    return [x_HWB[i : i + H, j : j + W] for i, j in np.ndindex(*size)]
+
+
+def _over_channels(x_BHWC, w_CO):
+    """Applies a matrix to the channels."""
+
+    def of_planes(x_CHWB):
+        C, *shape = x_CHWB.shape
+        return (w_CO.T @ x_CHWB.reshape(C, -1)).reshape(-1, *shape)
+
+    return _on_each_device(lambda x_BHWC: _in_planes(of_planes, x_BHWC), (x_BHWC,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _separable_conv(x_BHWC, depth_IJC, point_CO, padding):
+    return _separable_conv_fwd(x_BHWC, depth_IJC, point_CO, padding)[0]
+
+
+def _separable_conv_fwd(x_BHWC, depth_IJC, point_CO, padding):
+    deep_BHWC = _swapped(_shifted_sum(_swapped(x_BHWC), depth_IJC, padding))
+    return _over_channels(deep_BHWC, point_CO), (x_BHWC, deep_BHWC, depth_IJC, point_CO)
+
+
+def _separable_conv_bwd(padding, residuals, dy_BHWO):
+    x_BHWC, deep_BHWC, depth_IJC, point_CO = residuals
+    size = depth_IJC.shape[:2]
+    ddeep_BHWC = _over_channels(dy_BHWO, point_CO.T)
+    flipped_IJC = jnp.flip(depth_IJC, (0, 1))
+    dx_CHWB = _shifted_sum(_swapped(ddeep_BHWC), flipped_IJC, _complement(padding, size))
+
+    def gradients(x_BHWC, deep_BHWC, ddeep_BHWC, dy_BHWO):
+        def of_plane(planes):
+            x_HWB, dy_HWB = planes
+            return jnp.stack([(tap * dy_HWB).sum((0, 1)) for tap in _shifted(x_HWB, size)])
+
+        x_CHWB = _padded(_swapped(x_BHWC), padding)
+        ddepth_CTB = lax.map(of_plane, (x_CHWB, _swapped(ddeep_BHWC)))
+        deep_CN, dy_ON = (_swapped(a).reshape(a.shape[-1], -1) for a in (deep_BHWC, dy_BHWO))
+        return ddepth_CTB.sum(-1).T.reshape(depth_IJC.shape), deep_CN @ dy_ON.T
+
+    batched = (x_BHWC, deep_BHWC, ddeep_BHWC, dy_BHWO)
+    return _swapped(dx_CHWB), *_on_each_device(gradients, batched, total=True)
+
+
+_separable_conv.defvjp(_separable_conv_fwd, _separable_conv_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _plane_conv(x_BHW1, w_IJ1O, padding):
+    """Convolves images of one channel."""
+    return _in_planes(lambda x_1HWB: _shifted_sum(x_1HWB, w_IJ1O[:, :, 0], padding), x_BHW1)
+
+
+def _plane_conv_fwd(x_BHW1, w_IJ1O, padding):
+    return _plane_conv(x_BHW1, w_IJ1O, padding), (x_BHW1, w_IJ1O)
+
+
+def _plane_conv_bwd(padding, residuals, dy_BHWO):
+    x_BHW1, w_IJ1O = residuals
+    *size, _, O = w_IJ1O.shape
+    # The other convolutions' way: most often nobody asks for it, and XLA leaves it out.
+    flipped_IJO1 = jnp.flip(w_IJ1O, (0, 1)).swapaxes(2, 3)
+    dx_BHW1 = _one_convolution(dy_BHWO, flipped_IJO1, _complement(padding, size))
+
+    def gradient(x_BHW1, dy_BHWO):
+        # A product for each row of the image, whose shifted copies stay in cache.
+        x_HWB, dy_OHWB = _padded(_swapped(x_BHW1), padding)[0], _swapped(dy_BHWO)
+        H, W = dy_OHWB.shape[1:3]
+
+        def add_row(h, dw_TO):
+            x_IWB = lax.dynamic_slice_in_dim(x_HWB, h, size[0])
+            taps = [x_IWB[i, j : j + W].reshape(-1) for i, j in np.ndindex(*size)]
+            dy_OWB = lax.dynamic_index_in_dim(dy_OHWB, h, 1, keepdims=False)
+            return dw_TO + jnp.stack(taps) @ dy_OWB.reshape(O, -1).T
+
+        dw_TO = lax.fori_loop(0, H, add_row, jnp.zeros((math.prod(size), O), dy_BHWO.dtype))
+        return dw_TO.reshape(w_IJ1O.shape)
+
+    return dx_BHW1, _on_each_device(gradient, (x_BHW1, dy_BHWO), total=True)
+
+
+_plane_conv.defvjp(_plane_conv_fwd, _plane_conv_bwd)

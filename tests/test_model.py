@@ -82,23 +82,38 @@ def test_a_separable_convolution_is_a_depthwise_and_a_pointwise_one(padding, bor
 
 def test_separable_convolutions_start_with_the_variance_of_full_ones():
     conv = SeparableConv(64, 256, kernel_size=3, padding="SAME", rngs=nnx.Rngs(0))
-    assert np.var(conv.kernel()) == pytest.approx(2 / (3 * 3 * 64), rel=0.2)
+    kernel_IJCO = np.einsum("ijc,co->ijco", conv.depth[...], conv.point[...])
+    assert np.var(kernel_IJCO) == pytest.approx(2 / (3 * 3 * 64), rel=0.2)
 
 
-def test_a_separable_network_counted_by_hand():
+@pytest.mark.parametrize("scale", [True, False])
+def test_a_separable_network_counted_by_hand(scale):
     config = CNNConfig(
         widths=(8, 12),
         padding=("SAME", "VALID"),
         pool=(True, False),
         separable=True,
         conv_bias=False,
+        norm_scale=scale,
         head="mean",
         hidden=(),
         dropout=0.0,
     )
     model = CNN(config, rngs=nnx.Rngs(0))
-    first, second = 9 * 8 + 2 * 8, 9 * 8 + 8 * 12 + 2 * 12
+    norm = 1 + scale
+    first, second = 9 * 8 + norm * 8, 9 * 8 + 8 * 12 + norm * 12
     assert count(nnx.state(model, nnx.Param)) == first + second + 12 * 10 + 10
+
+
+def test_a_norm_without_a_scale_is_one_with_a_scale_of_one():
+    config = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(), dropout=0.0)
+    models = [
+        CNN(dataclasses.replace(config, norm_scale=scale), rngs=nnx.Rngs(0))
+        for scale in (True, False)
+    ]
+    for train in (True, False):  # evaluation by the statistics that training left
+        with_scale, without = (model.features(images(3), train=train) for model in models)
+        np.testing.assert_array_equal(without, with_scale)
 
 
 @pytest.mark.parametrize(("name", "most"), [("tiny700", 700), ("tiny2k", 2000), ("tiny8k", 8000)])

@@ -33,8 +33,21 @@ def lax_conv(x, w, padding):
     return lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=ops.NHWC)
 
 
-def fast_conv(x, w, padding):
-    return ops.conv(x, w, (1, 1), padding, dimension_numbers=ops.NHWC)
+def fast_conv(x, w, padding, few=False):
+    return ops.conv(x, w, (1, 1), padding, dimension_numbers=ops.NHWC, few_channels=few)
+
+
+def lax_separable_conv(x, depth, point, padding):
+    channels = x.shape[-1]
+    depth = depth[:, :, None]
+    deep = lax.conv_general_dilated(
+        x, depth, (1, 1), padding, dimension_numbers=ops.NHWC, feature_group_count=channels
+    )
+    return deep @ point
+
+
+def fast_separable_conv(x, depth, point, padding):
+    return ops.separable_conv(x, depth, point, padding=padding)
 
 
 def lax_max_pool(x, window):
@@ -51,8 +64,8 @@ def lax_relu_norm_pool(x, scale, bias, window):
     return lax_max_pool(normed, window), mean.ravel(), var.ravel()
 
 
-def fast_relu_norm_pool(x, scale, bias, window):
-    return ops.relu_norm_pool(x, scale, bias, epsilon=EPSILON, window=window)
+def fast_relu_norm_pool(x, scale, bias, window, few=False):
+    return ops.relu_norm_pool(x, scale, bias, epsilon=EPSILON, window=window, few_channels=few)
 
 
 def value_and_vjp(fun, *args, seed=0):
@@ -86,6 +99,36 @@ def test_conv_agrees_with_lax(batch, size, channels, kernel, padding):
     x, w = normal(batch, *size, channels[0]), normal(*kernel, *channels)
     actual = value_and_vjp(lambda x, w: fast_conv(x, w, padding), x, w)
     close(actual, value_and_vjp(lambda x, w: lax_conv(x, w, padding), x, w))
+
+
+@settings(deadline=None, max_examples=6, derandomize=True)
+@given(
+    batch=st.integers(1, 9),
+    size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
+    channels=st.tuples(st.sampled_from([1, 1, 3]), st.integers(1, 7)),
+    kernel=st.sampled_from([(3, 3), (2, 5)]),
+    padding=st.sampled_from(["SAME", "VALID", ((2, 0), (1, 3))]),
+)
+def test_conv_of_few_channels_agrees_with_lax(batch, size, channels, kernel, padding):
+    x, w = normal(batch, *size, channels[0]), normal(*kernel, *channels)
+    actual = value_and_vjp(lambda x, w: fast_conv(x, w, padding, few=True), x, w)
+    close(actual, value_and_vjp(lambda x, w: lax_conv(x, w, padding), x, w))
+
+
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(
+    batch=st.integers(1, 9),
+    size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
+    channels=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    kernel=st.sampled_from([(1, 1), (3, 3), (2, 5)]),
+    padding=st.sampled_from(["SAME", "VALID"]),
+)
+def test_separable_conv_agrees_with_a_grouped_and_a_pointwise_one(
+    batch, size, channels, kernel, padding
+):
+    args = normal(batch, *size, channels[0]), normal(*kernel, channels[0]), normal(*channels)
+    actual = value_and_vjp(lambda *args: fast_separable_conv(*args, padding), *args)
+    close(actual, value_and_vjp(lambda *args: lax_separable_conv(*args, padding), *args))
 
 
 @pytest.mark.parametrize("batch", [12, 13])
@@ -175,11 +218,12 @@ def test_conv_in_float32_is_as_exact_as_lax():
     shape=st.tuples(st.integers(1, 4), st.integers(3, 9), st.integers(3, 9), st.integers(1, 5)),
     window=st.integers(1, 3),
     ties=st.booleans(),
+    few=st.booleans(),
 )
-def test_max_pool_agrees_with_lax(shape, window, ties):
+def test_max_pool_agrees_with_lax(shape, window, ties, few):
     x = normal(*shape)
     x = jnp.round(x) if ties else x
-    actual = value_and_vjp(lambda x: ops.max_pool(x, window=window), x)
+    actual = value_and_vjp(lambda x: ops.max_pool(x, window=window, few_channels=few), x)
     close(actual, value_and_vjp(lambda x: lax_max_pool(x, window), x))
 
 
@@ -197,11 +241,12 @@ def test_max_pool_gives_the_gradient_to_the_first_of_equal_maxima():
     shape=st.tuples(st.integers(1, 4), st.integers(3, 9), st.integers(3, 9), st.integers(1, 5)),
     window=st.integers(1, 3),
     seed=st.integers(0, 9),
+    few=st.booleans(),
 )
-def test_relu_norm_pool_agrees_with_autodiff(shape, window, seed):
+def test_relu_norm_pool_agrees_with_autodiff(shape, window, seed, few):
     # Scales of both signs. A window of zeros ties, but ReLU stops what reaches any of them.
     args = normal(*shape, seed=seed), normal(shape[-1], seed=seed), normal(shape[-1], seed=99)
-    actual = value_and_vjp(lambda x, s, b: fast_relu_norm_pool(x, s, b, window), *args)
+    actual = value_and_vjp(lambda x, s, b: fast_relu_norm_pool(x, s, b, window, few), *args)
     close(
         actual,
         value_and_vjp(lambda x, s, b: lax_relu_norm_pool(x, s, b, window), *args),
@@ -258,6 +303,21 @@ def network(conv, relu_norm_pool, max_pool):
     return jax.grad(loss)
 
 
+def small_network(params, x):
+    """Returns the gradient of the loss of a network of few channels."""
+
+    def loss(params, x):
+        w, scale, bias, depth, point = params
+        x, _, _ = fast_relu_norm_pool(fast_conv(x, w, "SAME", few=True), scale, bias, 2, few=True)
+        return jnp.sum(jnp.sin(fast_separable_conv(x, depth, point, "VALID")))
+
+    return jax.grad(loss)(params, x)
+
+
+def small_parameters():
+    return normal(3, 3, 1, 5), normal(5), normal(5, seed=1), normal(3, 3, 5), normal(5, 4)
+
+
 FAST = network(fast_conv, fast_relu_norm_pool, lambda x, window: ops.max_pool(x, window=window))
 PLAIN = network(lax_conv, lax_relu_norm_pool, lax_max_pool)
 
@@ -303,20 +363,21 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from test_ops import FAST, close, normal, parameters
+from test_ops import FAST, close, normal, parameters, small_network, small_parameters
 
 mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-for batch in (8, 7):
-    params, x = parameters(), normal(batch, 17, 19, 1)
-    expected = jax.jit(FAST)(params, x)
+cases = (FAST, parameters(), 8), (FAST, parameters(), 7), (small_network, small_parameters(), 8)
+for gradient, params, batch in cases:
+    x = normal(batch, 17, 19, 1)
+    expected = jax.jit(gradient)(params, x)
     with jax.set_mesh(mesh):
         spec = P("data") if batch == 8 else P()
         x = jax.device_put(x, NamedSharding(mesh, spec))
         params = jax.device_put(params, NamedSharding(mesh, P()))
-        run = jax.jit(FAST).lower(params, x).compile()
+        run = jax.jit(gradient).lower(params, x).compile()
         actual = run(params, x)
         assert batch == 7 or "all-gather" not in run.as_text()
-        mapped = jax.jit(jax.vmap(FAST, (0, None)))(jax.tree.map(lambda p: p[None], params), x)
+        mapped = jax.jit(jax.vmap(gradient, (0, None)))(jax.tree.map(lambda p: p[None], params), x)
     close(actual, expected)
     close(jax.tree.map(lambda g: g[0], mapped), expected)
 print("agreed")
@@ -353,3 +414,6 @@ def test_on_accelerators_the_operations_are_plain_lax(monkeypatch):
     params, x = parameters(), normal(8, 17, 19, 1)
     assert "custom_vjp" not in str(jax.make_jaxpr(FAST)(params, x))
     close(FAST(params, x), PLAIN(params, x), tolerance=1e-8)
+    args = normal(8, 9, 9, 5), normal(3, 3, 5), normal(5, 4)
+    assert "custom_vjp" not in str(jax.make_jaxpr(small_network)(small_parameters(), x))
+    close(fast_separable_conv(*args, "SAME"), lax_separable_conv(*args, "SAME"))
