@@ -516,8 +516,9 @@ def fit_many(
 
     Members have their own order, augmentation, Dropout, schedule, plateau and early stopping. One
     that has stopped, or diverged, is left exactly as it is; the others go on. On one device of a
-    CPU a member's bits are those of its own `fit` there; where members are divided among devices,
-    or vmapped, sums are rounded in another order.
+    CPU a member's bits are those of its own `fit` there, unless it is augmented or separable: XLA
+    rounds some sums otherwise inside a loop of members. So it does where members are divided among
+    devices, or vmapped.
 
     Args:
       recipe: what the members have in common; its seed is not used.

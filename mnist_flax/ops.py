@@ -154,9 +154,10 @@ def max_pool(x_BHWC: jax.Array, *, window: int, few_channels: bool = False) -> j
     """
     if window == 1:
         return x_BHWC
+    if _on_cpu() and few_channels:
+        return _in_planes(lambda x_CHWB: _max_pool(x_CHWB, window, x_BHWC.shape[1:3]), x_BHWC)
     if _on_cpu():
-        pool = functools.partial(_max_pool, window=window, size=x_BHWC.shape[1:3])
-        return _in_planes(pool, x_BHWC) if few_channels else pool(x_BHWC)
+        return _max_pool(x_BHWC, window, x_BHWC.shape[1:3])
     return _reduce_max(x_BHWC, window)
 
 
@@ -191,10 +192,8 @@ def relu_norm_pool(
       the ReLU's output over the whole (global) batch: what running statistics follow.
     """
     if _on_cpu() and few_channels:
-        y_CHWB, mean_C, var_C = _relu_norm_pool(
-            _swapped(x_BHWC), scale_C, bias_C, epsilon, window, 0
-        )
-        return _swapped(y_CHWB), mean_C, var_C
+        out: Any = _relu_norm_pool(_swapped(x_BHWC), scale_C, bias_C, epsilon, window, 0)
+        return _swapped(out[0]), *out[1:]
     if _on_cpu():
         return _relu_norm_pool(x_BHWC, scale_C, bias_C, epsilon, window, 3)
     relu = nnx.relu(x_BHWC)  # whose slope at 0 is 0; that of jnp.maximum is 0.5

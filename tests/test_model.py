@@ -1,6 +1,7 @@
 """The network's shapes, counts and arithmetic, against numpy and plain Flax."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,10 @@ def test_the_seed_recipes_model_is_the_notebooks_network():
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_shapes_and_dtypes(name):
-    model = CNN(RECIPES[name].model, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: CNN(RECIPES[name].model, rngs=nnx.Rngs(0)))
     for train in (False, True):
-        logits_BK = model(images(3), train=train, key=jax.random.key(1))
+        forward = functools.partial(CNN.__call__, train=train, key=jax.random.key(1))
+        logits_BK = nnx.eval_shape(forward, model, images(3))
         assert (logits_BK.shape, logits_BK.dtype) == ((3, 10), jnp.float32)
 
 
@@ -118,7 +120,7 @@ def test_a_norm_without_a_scale_is_one_with_a_scale_of_one():
 
 @pytest.mark.parametrize(("name", "most"), [("tiny700", 700), ("tiny2k", 2000), ("tiny8k", 8000)])
 def test_the_tiny_recipes_have_few_parameters(name, most):
-    model = CNN(RECIPES[name].model, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: CNN(RECIPES[name].model, rngs=nnx.Rngs(0)))
     assert 0.9 * most < count(nnx.state(model, nnx.Param)) <= most
     assert RECIPES[name].val_size == 0
 
