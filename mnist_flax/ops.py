@@ -197,11 +197,10 @@ def relu_norm_pool(
     if _on_cpu():
         return _relu_norm_pool(x_BHWC, scale_C, bias_C, epsilon, window, 3)
     relu = nnx.relu(x_BHWC)  # whose slope at 0 is 0; that of jnp.maximum is 0.5
+    wide = functools.partial(_widened, axis=3)
     mean_C, var_C = _moments(relu, 3)
     slope_C = scale_C * lax.rsqrt(var_C + epsilon)
-    y_BHWC = (relu - mean_C[None, None, None]) * slope_C[None, None, None] + bias_C[
-        None, None, None
-    ]
+    y_BHWC = (relu - wide(mean_C)) * wide(slope_C) + wide(bias_C)
     return _reduce_max(y_BHWC, window), mean_C, var_C
 
 
@@ -489,11 +488,12 @@ def _shifted(x_HWB, size):
 def _over_channels(x_BHWC, w_CO):
     """Applies a matrix to the channels."""
 
-    def of_planes(x_CHWB):
-        C, *shape = x_CHWB.shape
-        return (w_CO.T @ x_CHWB.reshape(C, -1)).reshape(-1, *shape)
+    def product(x_BHWC, w_CO):
+        x_CHWB = _swapped(x_BHWC)
+        y_ON = w_CO.T @ x_CHWB.reshape(x_CHWB.shape[0], -1)
+        return _swapped(y_ON.reshape(-1, *x_CHWB.shape[1:]))
 
-    return _on_each_device(lambda x_BHWC: _in_planes(of_planes, x_BHWC), (x_BHWC,))
+    return _on_each_device(product, (x_BHWC,), (w_CO,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
