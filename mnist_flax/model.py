@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from typing import Any, Literal
 
@@ -226,7 +225,7 @@ def make_conv(config: CNNConfig, index: int, n_in: int, *, rngs: nnx.Rngs) -> nn
         use_bias=config.conv_bias,
         kernel_init=nnx.initializers.he_normal(),
         dtype=compute_dtype(config),
-        conv_general_dilated=functools.partial(ops.conv, few_channels=config.separable),
+        conv_general_dilated=ops.few_channels_conv if config.separable else ops.conv,
         rngs=rngs,
     )
 

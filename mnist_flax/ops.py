@@ -1,6 +1,7 @@
 """Convolution, max-pooling and ReLU-BatchNorm-pooling that XLA's CPU backend runs fast.
 
     conv(lhs_BHWC, rhs_HWIO, strides, padding, ...)                 -> out_BHWO
+    few_channels_conv(lhs_BHWC, rhs_HWIO, strides, padding, ...)    -> out_BHWO
     separable_conv(x_BHWC, depth_IJC, point_CO, *, padding)         -> out_BHWO
     max_pool(x_BHWC, *, window)                                     -> y_BHWC
     relu_norm_pool(x_BHWC, scale_C, bias_C, *, epsilon, window)     -> y_BHWC, mean_C, var_C
@@ -108,6 +109,10 @@ def conv(
     if few_channels and lhs.shape[-1] == 1:
         return _plane_conv(lhs, rhs, ((top, bottom), (left, right)))
     return _conv(lhs, rhs, ((top, bottom), (left, right)))
+
+
+# One object, so that two models that are given it have equal graph definitions.
+few_channels_conv = functools.partial(conv, few_channels=True)
 
 
 def separable_conv(

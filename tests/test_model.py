@@ -107,6 +107,16 @@ def test_a_separable_network_counted_by_hand(scale):
     assert count(nnx.state(model, nnx.Param)) == first + second + 12 * 10 + 10
 
 
+@pytest.mark.parametrize("name", ["quick", "tiny700"])
+def test_two_networks_of_a_recipe_differ_in_parameters_alone(name):
+    """Their states can be stacked, and one compiled step serves both."""
+    first, second = (
+        nnx.eval_shape(lambda seed=seed: CNN(RECIPES[name].model, rngs=nnx.Rngs(seed)))
+        for seed in range(2)
+    )
+    assert nnx.graphdef(first) == nnx.graphdef(second)
+
+
 def test_a_norm_without_a_scale_is_one_with_a_scale_of_one():
     config = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(), dropout=0.0)
     models = [
