@@ -277,14 +277,18 @@ def _conv_fwd(x_BHWC, w_HWIO, padding):
 
 def _conv_bwd(padding, residuals, dy_BHWO):
     x_BHWC, w_HWIO = residuals
-    size = w_HWIO.shape[:2]
-    flipped_HWOI = jnp.flip(w_HWIO, (0, 1)).swapaxes(2, 3)
-    dx_BHWC = _one_convolution(dy_BHWO, flipped_HWOI, _complement(padding, size))
-    kernel_gradient = functools.partial(_kernel_gradient, size=size, padding=padding)
+    kernel_gradient = functools.partial(_kernel_gradient, size=w_HWIO.shape[:2], padding=padding)
+    dx_BHWC = _input_gradient(w_HWIO, dy_BHWO, padding)
     return dx_BHWC, _on_each_device(kernel_gradient, (x_BHWC, dy_BHWO), total=True)
 
 
 _conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def _input_gradient(w_HWIO, dy_BHWO, padding):
+    """Convolves the output's gradient by the flipped kernel."""
+    flipped_HWOI = jnp.flip(w_HWIO, (0, 1)).swapaxes(2, 3)
+    return _one_convolution(dy_BHWO, flipped_HWOI, _complement(padding, w_HWIO.shape[:2]))
 
 
 def _on_each_device(fun: Callable, batched: tuple, shared: tuple = (), *, total: bool = False):
@@ -400,10 +404,17 @@ _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 # ReLU, BatchNorm and pooling, of [B, H, W, C] with the channels' axis 3 or of [C, H, W, B] with 0
 
 
+def _others(axis):
+    return tuple(n for n in range(4) if n != axis)
+
+
+def _widened(a_C, *, axis):
+    return jnp.expand_dims(a_C, _others(axis))
+
+
 def _moments(x, axis):
-    others = tuple(n for n in range(4) if n != axis)
-    mean_C = x.mean(others)
-    var_C = jnp.maximum((x * x).mean(others) - mean_C * mean_C, 0)
+    mean_C = x.mean(_others(axis))
+    var_C = jnp.maximum((x * x).mean(_others(axis)) - mean_C * mean_C, 0)
     return mean_C, var_C
 
 
@@ -430,11 +441,10 @@ def _relu_norm_pool_bwd(epsilon, window, axis, residuals, cotangents):
     relu, pooled, winner, scale_C, mean_C, var_C = residuals
     dy, dmean_C, dvar_C = cotangents
     wide = functools.partial(_widened, axis=axis)
-    others = tuple(n for n in range(4) if n != axis)
     rstd_C = lax.rsqrt(var_C + epsilon)
     slope_C = scale_C * rstd_C
-    dbias_C = dy.sum(others)
-    dscale_C = (dy * (pooled - wide(mean_C))).sum(others) * rstd_C
+    dbias_C = dy.sum(_others(axis))
+    dscale_C = (dy * (pooled - wide(mean_C))).sum(_others(axis)) * rstd_C
     # Ioffe & Szegedy (2015), section 3: through the output, the mean and the variance.
     count = relu.size // relu.shape[axis]
     dmean_C = (dmean_C - slope_C * dbias_C) / count
@@ -447,10 +457,6 @@ def _relu_norm_pool_bwd(epsilon, window, axis, residuals, cotangents):
 
 
 _relu_norm_pool.defvjp(_relu_norm_pool_fwd, _relu_norm_pool_bwd)
-
-
-def _widened(a_C, *, axis):
-    return jnp.expand_dims(a_C, [n for n in range(4) if n != axis])
 
 
 # Planes
@@ -549,21 +555,20 @@ def _plane_conv_bwd(padding, residuals, dy_BHWO):
     x_BHW1, w_IJ1O = residuals
     *size, _, O = w_IJ1O.shape
     # The other convolutions' way: most often nobody asks for it, and XLA leaves it out.
-    flipped_IJO1 = jnp.flip(w_IJ1O, (0, 1)).swapaxes(2, 3)
-    dx_BHW1 = _one_convolution(dy_BHWO, flipped_IJO1, _complement(padding, size))
+    dx_BHW1 = _input_gradient(w_IJ1O, dy_BHWO, padding)
 
     def gradient(x_BHW1, dy_BHWO):
         # A product for each row of the image, whose shifted copies stay in cache.
         x_HWB, dy_OHWB = _padded(_swapped(x_BHW1), padding)[0], _swapped(dy_BHWO)
-        H, W = dy_OHWB.shape[1:3]
 
         def add_row(h, dw_TO):
             x_IWB = lax.dynamic_slice_in_dim(x_HWB, h, size[0])
-            taps = [x_IWB[i, j : j + W].reshape(-1) for i, j in np.ndindex(*size)]
+            taps = [tap.ravel() for tap in _shifted(x_IWB, size)]
             dy_OWB = lax.dynamic_index_in_dim(dy_OHWB, h, 1, keepdims=False)
             return dw_TO + jnp.stack(taps) @ dy_OWB.reshape(O, -1).T
 
-        dw_TO = lax.fori_loop(0, H, add_row, jnp.zeros((math.prod(size), O), dy_BHWO.dtype))
+        zeros_TO = jnp.zeros((math.prod(size), O), dy_BHWO.dtype)
+        dw_TO = lax.fori_loop(0, dy_OHWB.shape[1], add_row, zeros_TO)
         return dw_TO.reshape(w_IJ1O.shape)
 
     return dx_BHW1, _on_each_device(gradient, (x_BHW1, dy_BHWO), total=True)
