@@ -144,9 +144,9 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh) -> None:
     Raises:
       InputError: it can not.
     """
-    if recipe.batch_size > num_train(splits):
+    if recipe.batch_size > splits.train.num_examples:
         raise InputError(
-            f"batch_size is {recipe.batch_size}, larger than the {num_train(splits)} "
+            f"batch_size is {recipe.batch_size}, larger than the {splits.train.num_examples} "
             "training examples; give a smaller one"
         )
     if recipe.batch_size % (sharing := mesh.shape[BATCH_AXIS]):
@@ -419,7 +419,7 @@ def epochs(
     """
     mesh = mesh or data_mesh()
     check_fits(recipe, splits, mesh=mesh)
-    steps = num_train(splits) // recipe.batch_size
+    steps = splits.train.num_examples // recipe.batch_size
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_batch = NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS))
     state = start
@@ -435,7 +435,7 @@ def epochs(
         train = place(train, everywhere)
     order = jax.jit(
         functools.partial(
-            epoch_order, num_examples=num_train(splits), batch_size=recipe.batch_size
+            epoch_order, num_examples=splits.train.num_examples, batch_size=recipe.batch_size
         ),
         out_shardings=by_batch,
     )
@@ -516,11 +516,6 @@ def sharded_batches(examples: Examples, *, mesh: Mesh) -> Examples:
     return place(batches, NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS)))
 
 
-def num_train(splits: Splits) -> int:
-    """Returns the number of training examples, resident or streamed."""
-    return splits.train.num_examples
-
-
 def epoch_bar(
     recipe: Recipe, *, epoch: int, steps: int, done: int, shown: bool, members: int = 1
 ) -> tqdm:
@@ -592,7 +587,7 @@ def fit(
                 held.enter_context(claim(workdir, resume=resume))
         with hosts.all_or_none():
             check_shared(workdir)
-        steps = num_train(splits) // recipe.batch_size
+        steps = splits.train.num_examples // recipe.batch_size
         fresh = fresh_progress(recipe, splits.info, steps=steps, mesh=mesh)
         manager = held.enter_context(checkpoint.open_checkpoints(workdir))
         now = fresh

@@ -49,7 +49,6 @@ from mnist_flax.fit import (
     eval_steps,
     first_devices,
     never,
-    num_train,
     place,
     resident_feed,
     sharded_batches,
@@ -552,7 +551,7 @@ def fit_many(
             "the mesh's axis 'member'; give a multiple, or another mesh"
         )
     check_fits(recipes[0], splits, mesh=mesh)
-    steps = num_train(splits) // recipe.batch_size
+    steps = splits.train.num_examples // recipe.batch_size
     fresh = fresh_progress(recipes, splits.info, steps=steps, mesh=mesh)
     train = functools.partial(
         member_epochs,
