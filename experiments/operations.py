@@ -3,10 +3,10 @@
     python experiments/operations.py
 
 Each line is an operation, the batch shared by one JAX device a core: best of the rounds, in
-milliseconds. To expect: the kernel's gradient several times as fast as `lax`'s, and separable
-convolutions up to 1.7 times, though alone they must bring images into planes and back. Inside a
-loop, as in training, `lax`'s gradients are a hundred times slower still (jax-ml/jax#12868). Takes
-half a minute.
+milliseconds, of float32 unless bfloat16 is named. To expect: the kernel's gradient several times
+as fast as `lax`'s, and separable convolutions up to 1.7 times, though alone they must bring images
+into planes and back. Inside a loop, as in training, `lax`'s gradients are a hundred times slower
+still (jax-ml/jax#12868). Takes a minute.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import time
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import InputError
 
-# Height and width, input and output channels, padding, images.
+# Height and width, input and output channels, padding, images; each also in bfloat16.
 CONVOLUTIONS = (
     (26, 32, 64, "VALID", 128),
     (12, 64, 128, "VALID", 128),
@@ -65,10 +65,10 @@ def print_times(label: str, function, operands, *, mesh, rounds: int) -> None:
         )
         for fast in (True, False)
     ]
-    print(f"{label:62s}{times[0]:8.2f}{times[1]:8.2f}", flush=True)
+    print(f"{label:70s}{times[0]:8.2f}{times[1]:8.2f}", flush=True)
 
 
-def time_convolution(put, *, size, inputs, outputs, padding, images, **options):
+def time_convolution(put, *, size, inputs, outputs, padding, images, dtype="float32", **options):
     """Prints the times of a convolution of 3x3 and of its gradients; `put` makes random arrays."""
     import jax
     from jax import lax
@@ -82,10 +82,12 @@ def time_convolution(put, *, size, inputs, outputs, padding, images, **options):
     def gradient(x, w, dy, *, argument, fast):
         return jax.vjp(functools.partial(convolution, fast=fast), x, w)[1](dy)[argument]
 
+    put = functools.partial(put, dtype=dtype)
     x, w = put(images, size, size, inputs, shared=True), put(3, 3, inputs, outputs)
     like = jax.eval_shape(functools.partial(convolution, fast=False), x, w)
     dy = put(*like.shape, shared=True)
     label = f"{images} x {size}x{size}x{inputs} -> {outputs} {padding}"
+    label += ", bfloat16" if dtype == "bfloat16" else ""
     print_times(f"{label}: forward", convolution, (x, w), **options)
     for argument, name in enumerate(("input", "kernel")):
         function = functools.partial(gradient, argument=argument)
@@ -125,15 +127,16 @@ def main(arguments):
 
     mesh = data_mesh()
 
-    def put(*shape, shared=False):
+    def put(*shape, shared=False, dtype="float32"):
         spec = PartitionSpec("data") if shared else PartitionSpec()
-        return jax.device_put(
-            jax.random.normal(jax.random.key(0), shape), NamedSharding(mesh, spec)
-        )
+        numbers = jax.random.normal(jax.random.key(0), shape, dtype)
+        return jax.device_put(numbers, NamedSharding(mesh, spec))
 
-    print(f"{'':62s}{'ops':>8s}{'lax':>8s}   ms on {mesh.size} devices")
+    print(f"{'':70s}{'ops':>8s}{'lax':>8s}   ms on {mesh.size} devices")
     options = {"mesh": mesh, "rounds": command.rounds}
-    for time_one, cases in ((time_convolution, CONVOLUTIONS), (time_separable, SEPARABLE)):
+    half = functools.partial(time_convolution, dtype="bfloat16")
+    times = (time_convolution, CONVOLUTIONS), (half, CONVOLUTIONS), (time_separable, SEPARABLE)
+    for time_one, cases in times:
         for size, inputs, outputs, padding, images in cases:
             shape = {"size": size, "inputs": inputs, "outputs": outputs, "images": images}
             time_one(put, **shape, padding=padding, **options)

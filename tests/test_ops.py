@@ -1,5 +1,6 @@
 """The hand-written operations against `lax` and its autodiff, in float64 on the CPU."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -208,6 +209,41 @@ def test_conv_in_float32_is_as_exact_as_lax():
 
     for fast, plain in zip(error(fast_conv), error(lax_conv), strict=True):
         assert fast < 2 * plain
+
+
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(
+    batch=st.sampled_from([4, 6]),
+    channels=st.tuples(st.sampled_from([1, 4, 16]), st.integers(1, 9)),
+    kernel=st.sampled_from([(1, 1), (3, 3), (2, 5)]),
+    padding=st.sampled_from(["SAME", "VALID", ((2, 0), (1, 3))]),
+)
+def test_conv_in_bfloat16_sums_in_float32_and_rounds_once(batch, channels, kernel, padding):
+    shapes = (batch, 6, 7, channels[0]), (*kernel, *channels)
+    x, w = (normal(*shape, dtype=jnp.bfloat16) for shape in shapes)
+    like = jax.eval_shape(lambda x, w: lax_conv(x, w, padding), x, w)
+    dy = normal(*like.shape, dtype=jnp.bfloat16)
+
+    def run(conv, x, w, dy):
+        out, vjp = jax.vjp(lambda x, w: conv(x, w, padding), x, w)
+        return out, *vjp(dy)
+
+    exact = run(lax_conv, *(a.astype(jnp.float64) for a in (x, w, dy)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "CHUNK_BYTES", 2 * 6 * 7 * 9 * channels[0] * 2)  # a few chunks
+        actual = jax.jit(functools.partial(run, fast_conv))(x, w, dy)
+    for a, b in zip(actual, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        # Half a unit in the last of 8 bits, and what float32 loses in up to 500 terms.
+        assert_allclose(a.astype(jnp.float64), b, rtol=2.0**-8, atol=1e-4)
+
+
+def test_a_loop_in_bfloat16_gives_what_a_call_gives():
+    """Inside a loop XLA's own convolutions of bfloat16 take seconds."""
+    x, w = normal(3, 8, 9, 9, 5, dtype=jnp.bfloat16), normal(3, 3, 5, 6, dtype=jnp.bfloat16)
+    looped = jax.jit(lambda x, w: lax.map(lambda x: fast_conv(x, w, "SAME"), x))(x, w)
+    singles = [fast_conv(image, w, "SAME") for image in x]
+    assert np.array_equal(looped, jnp.stack(singles))
 
 
 # Pooling
