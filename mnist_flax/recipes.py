@@ -453,7 +453,7 @@ DEFAULT = dataclasses.replace(
 # 1,896 parameters. BatchNorm's scales would only cost some: the next convolution has its own.
 TINY2K = dataclasses.replace(
     QUICK,
-    epochs=30,
+    epochs=60,
     batch_size=64,
     label_smoothing=0.0,
     model=dataclasses.replace(
@@ -473,7 +473,7 @@ TINY2K = dataclasses.replace(
 
 # 697 parameters: the widths of github.com/JoshWarn/Parameter-Efficient-MNIST.
 TINY700 = dataclasses.replace(
-    TINY2K, epochs=60, model=dataclasses.replace(TINY2K.model, widths=(6, 5, 9, 10, 8))
+    TINY2K, model=dataclasses.replace(TINY2K.model, widths=(6, 5, 9, 10, 8))
 )
 
 # 7,530 parameters. A stem of patches is cheaper than pixels, and as good at this size.
