@@ -411,25 +411,24 @@ FAST = dataclasses.replace(
     augment=AffineConfig(rotate=7.0, shift=0.03, zoom=0.06),
 )
 
-# 83,178 parameters.
+# 197,642 parameters. In bfloat16: processors with units for it multiply it several times as fast.
 STRONG = dataclasses.replace(
     QUICK,
-    epochs=6,
+    epochs=8,
     model=dataclasses.replace(
         QUICK.model,
-        widths=(16, 32, 64, 96),
-        padding=("SAME", "SAME", "SAME", "VALID"),
-        pool=(False, True, False, True),
+        widths=(32, 64, 96, 128),
+        padding=("SAME", "SAME", "VALID", "VALID"),
+        pool=(True, False, False, False),
+        dropout=0.2,
+        precision="bfloat16",
     ),
     augment=AffineConfig(rotate=12.0, shift=0.07, zoom=0.1, shear=12.0),
 )
 
-# 191,242 parameters. Not searched: `strong`, wider, four times as long and augmented more.
+# The same network. Not searched: three times as long, augmented more.
 ACCURATE = dataclasses.replace(
-    STRONG,
-    epochs=24,
-    model=dataclasses.replace(STRONG.model, widths=(32, 64, 96, 128)),
-    augment=AffineConfig(rotate=15.0, shift=0.1, zoom=0.15, shear=15.0),
+    STRONG, epochs=24, augment=AffineConfig(rotate=15.0, shift=0.1, zoom=0.15, shear=15.0)
 )
 
 # With validation and early stopping; 124,666 parameters. No label smoothing: the plain validation
