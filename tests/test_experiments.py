@@ -1,6 +1,7 @@
 """experiments/train.py as its user runs it: real processes, real signals, real files."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -14,12 +15,15 @@ import time
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
+from conftest import RECIPE, head
 from hypothesis import given, settings
 from PIL import Image
 
 from mnist_flax import command_line
 from mnist_flax.errors import InputError
+from mnist_flax.fit import data_mesh
 from mnist_flax.recipes import RECIPES, Recipe, differences, from_dict, to_dict
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +242,37 @@ def test_an_interrupted_study_continues(data_dir, tmp_path):
     assert 0 < done < 24
     subprocess.run([*words, "--resume"], cwd=tmp_path, capture_output=True, check=True)
     assert len(rows.read_text().splitlines()) == 24
+
+
+@pytest.mark.usefixtures("splits")
+def test_folds_tests_every_training_image_once(data_dir, tmp_path):
+    words = [sys.executable, str(ROOT / "experiments" / "folds.py"), *SMALL, "--val-size", "0"]
+    words += ["--epochs", "1", "--optimizer.learning-rate", "0.4", "--folds", "2"]
+    words += ["--batch-size", "500", "--data-dir", str(data_dir), "--devices", "1"]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "runs" / "folds-default" / "folds.json").read_text())
+    assert found["sizes"] == [30000, 30000]
+    assert found["accuracy"] == sum(found["correct"]) / 60000 > 0.8
+    assert f"default: {found['accuracy']:.3%} of the 60000 training images" in run.stdout
+
+
+def test_a_fold_is_not_trained_on(small):
+    """Its labels are wrong, by one; whoever had trained on them would be right at times."""
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import folds
+
+    held_out = np.arange(200, 800)
+    labels = small.train.labels.copy()
+    labels[held_out] = (labels[held_out] + 1) % 10
+    wrong = dataclasses.replace(
+        small, train=small.train._replace(labels=labels), val=head(small.val, 0)
+    )
+    recipe = dataclasses.replace(folds.without_validation(RECIPE), epochs=20, batch_size=30)
+    found = folds.without(recipe, wrong, held_out, mesh=data_mesh(1))
+    np.testing.assert_array_equal(found.labels_N, labels[held_out])
+    assert np.mean((found.predictions_N + 1) % 10 == found.labels_N) > 0.85
+    assert found.accuracy < 0.05
 
 
 @pytest.mark.usefixtures("splits")

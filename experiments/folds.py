@@ -1,0 +1,101 @@
+"""Cross-validate a recipe: train without each fold of the training images in turn, test on it.
+
+    python experiments/folds.py --recipe strong --model.dropout 0.2
+
+All 60,000 training images are tested on once, so the mean has a third of the variance that 10,000
+held out leave it, and the test split stays locked. A fold is consecutive images: MNIST's lie by
+writer, so a fold's writers are new to the network, as the test split's are. To expect of `strong`:
+99.5% in six minutes on 2 cores; `quick` takes half a minute.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from mnist_flax import command_line, runtime
+from mnist_flax.errors import InputError
+from mnist_flax.recipes import PlateauConfig, Recipe, StoppingConfig, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Options of the script, beside the recipe's.
+
+    Attributes:
+      recipe: the recipe's fields, without validation; each fold's seed is one higher.
+      folds: how many parts the training images are cut into, at least 2.
+      workdir: where folds.json goes; by default runs/folds-NAME.
+      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      devices: how many devices share a batch; by default all, and on the CPU one a core.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    folds: int = 6
+    workdir: Path | None = None
+    data_dir: Path | None = None
+    devices: int | None = None
+
+    def __post_init__(self):
+        if self.folds < 2:
+            raise InputError(f"folds is {self.folds}; give at least 2")
+        if self.recipe.val_size:
+            raise InputError(
+                f"val_size is {self.recipe.val_size}, but the fold is held out instead; give 0"
+            )
+
+
+def without_validation(recipe: Recipe) -> Recipe:
+    """Returns the recipe that trains on all it is given, for all of its epochs."""
+    return dataclasses.replace(
+        recipe, val_size=0, plateau=PlateauConfig(), stopping=StoppingConfig()
+    )
+
+
+def without(recipe: Recipe, splits, held_out: np.ndarray, *, mesh):
+    """Trains on the training images that are not held out; evaluates those that are."""
+    from mnist_flax.data import take
+    from mnist_flax.evaluate import evaluate
+    from mnist_flax.fit import fit
+
+    kept = np.setdiff1d(np.arange(splits.train.num_examples), held_out)
+    rest = dataclasses.replace(splits, train=take(splits.train, kept))
+    result = fit(recipe, rest, mesh=mesh, progress=False)
+    return evaluate(result.state, take(splits.train, held_out))
+
+
+def main(arguments):
+    """Prints each fold's accuracy and the mean, and writes them to folds.json."""
+    name, rest = command_line.split_recipe(arguments)
+    default = Command(without_validation(command_line.named_recipe(name)))
+    command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
+    recipe = command.recipe
+    runtime.configure(cpu_devices=command.devices or runtime.share_cores(recipe.batch_size))
+
+    from mnist_flax.data import load_splits
+    from mnist_flax.fit import data_mesh
+    from mnist_flax.workdir import write_json
+
+    mesh = data_mesh(command.devices)
+    splits = load_splits(recipe.dataset, val_size=0, data_dir=command.data_dir)
+    folds = np.array_split(np.arange(splits.train.num_examples), command.folds)
+    correct = []
+    for number, held_out in enumerate(folds):
+        own = dataclasses.replace(recipe, seed=recipe.seed + number)
+        found = without(own, splits, held_out, mesh=mesh)
+        correct.append(found.correct)
+        print(f"fold {number + 1} of {command.folds}: {found.accuracy:.2%}", flush=True)
+    mean = sum(correct) / splits.train.num_examples
+    print(f"{name}: {mean:.3%} of the {splits.train.num_examples} training images")
+    workdir = command.workdir or Path("runs") / f"folds-{name}"
+    workdir.mkdir(parents=True, exist_ok=True)
+    sizes = [len(held_out) for held_out in folds]
+    summary = {"recipe": to_dict(recipe), "correct": correct, "sizes": sizes, "accuracy": mean}
+    write_json(workdir / "folds.json", summary)
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)
