@@ -313,10 +313,10 @@ def add_comparison(page: Page, reports: list[dict[str, Any]], tests: list[Any]) 
     maps = reports[0]["worst_case_maps"]
     header = ["run", "accuracy", "loss", "ECE", "error-free", f"worst of {maps} maps"]
     page.table(header, rows)
-    curves = {
-        report["run"]: (risk_coverage(test).coverage, 100 * risk_coverage(test).risk)
-        for report, test in zip(reports, tests, strict=True)
-    }
+    curves = {}
+    for report, test in zip(reports, tests, strict=True):
+        curve = risk_coverage(test)
+        curves[report["run"]] = curve.coverage, 100 * curve.risk
     figure = figures.plot_lines(curves, xlabel="coverage", ylabel="errors (%)")
     pairs = [(figure, "Selective prediction: errors among the most confident")]
     for name in reports[0]["robustness"]:

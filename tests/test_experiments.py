@@ -295,6 +295,7 @@ def test_scaling_measures_every_size(data_dir, tmp_path):
 def test_a_rehearsal_of_the_gpu_study(data_dir, tmp_path):
     """One recipe, cut to seconds, on the CPU: every part is there, and what is late says so."""
     words = [sys.executable, str(ROOT / "experiments" / "gpu_study.py"), "--recipes", "tiny700"]
+    words += ["--single-recipes", "tiny700"]
     words += ["--precisions", "float32", "--singles", "1", "--seeds", "2", "--sizes", "1"]
     words += ["--epochs", "1", "--minutes", "0.05", "--data-dir", str(data_dir)]
     run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
