@@ -9,8 +9,8 @@ ends after the time without a finding, for each refuses with the package's own e
 
 import importlib
 import json
+import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ with atheris.instrument_imports(include=["mnist_flax"]):
     from mnist_flax import archives, command_line, digits, recipes
     from mnist_flax.errors import InputError
 
-FILE = Path(tempfile.mkdtemp()) / "fuzzed"
+# In memory: libFuzzer ends the process without a chance to remove a file.
+FILE = Path(f"/proc/self/fd/{os.memfd_create('fuzzed')}")
 DEFAULT = recipes.to_dict(recipes.RECIPES["default"])
 
 
