@@ -21,8 +21,8 @@ def share_cores(batch_size: int) -> int:
 def configure(*, cpu_devices: int | None = None) -> None:
     """Sets JAX up, before its backend starts.
 
-    Compiled programs are kept in the user's cache directory, so the second start is fast. Of other
-    packages' log messages only critical ones are shown.
+    Compiled programs are kept in the user's cache directory, or in $JAX_COMPILATION_CACHE_DIR, so
+    the second start is fast. Of other packages' log messages only critical ones are shown.
 
     Args:
       cpu_devices: how many JAX devices the CPU becomes; None leaves it one.
@@ -31,8 +31,9 @@ def configure(*, cpu_devices: int | None = None) -> None:
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache / "mnist_flax" / "jax"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "mnist_flax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)

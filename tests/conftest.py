@@ -39,22 +39,37 @@ def head(examples, count):
     return Examples(examples.images[:count], examples.labels[:count])
 
 
+@pytest.fixture(scope="session")
+def shared_dir(tmp_path_factory) -> Path:
+    """A new directory that all workers of this test session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _compile_once(tmp_path_factory):
-    """Keeps compiled programs for the session: most fits in the tests compile the same ones."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+def _compile_once(shared_dir):
+    """Keeps compiled programs for the session: most fits in the tests compile the same ones.
+
+    JAX reads the variables too, in the processes that tests start.
+    """
+    cache = str(shared_dir / "compiled")
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("JAX_COMPILATION_CACHE_DIR", cache)
+        environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
+def data_dir(shared_dir):
     """A directory that holds the datasets prepared by this test session.
 
     MNIST_FLAX_TEST_DATA names one to keep from session to session.
     """
     if kept := os.environ.get("MNIST_FLAX_TEST_DATA"):
         return Path(kept)
-    return tmp_path_factory.mktemp("datasets")
+    return shared_dir / "datasets"
 
 
 @pytest.fixture(scope="session")

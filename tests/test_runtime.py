@@ -1,0 +1,38 @@
+"""Where a script keeps its compiled programs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import jax
+from mnist_flax import runtime
+runtime.configure()
+print(jax.jit(lambda x: 2 * x)(21))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "directory"),
+    [
+        ({"XDG_CACHE_HOME": "cache"}, "cache/mnist_flax/jax"),
+        ({"HOME": "home"}, "home/.cache/mnist_flax/jax"),
+        ({"XDG_CACHE_HOME": "cache", "JAX_COMPILATION_CACHE_DIR": "own"}, "own"),
+    ],
+)
+def test_compiled_programs_are_kept_where_the_user_said(variables, directory, tmp_path):
+    ours = {name: str(tmp_path / place) for name, place in variables.items()}
+    others = {"XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"}
+    environment = {name: value for name, value in os.environ.items() if name not in others}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment | ours,
+    )
+    assert run.stdout == "42\n"
+    assert list((tmp_path / directory).iterdir())
+    assert len(list(tmp_path.iterdir())) == 1
