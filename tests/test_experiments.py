@@ -36,14 +36,24 @@ SMALL += ["--model.pool", "True", "True", "--optimizer.learning-rate", "0.01"]
 SMALL += ["--stopping.patience", "None"]
 
 
+def script(name, *arguments):
+    return [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, arguments)]
+
+
 def command(*arguments, data_dir):
-    script = str(ROOT / "experiments" / "train.py")
-    return [sys.executable, script, *arguments, "--data-dir", str(data_dir), "--devices", "1"]
+    return script("train", *arguments, "--data-dir", data_dir, "--devices", 1)
+
+
+def run_words(words, *, cwd, env=None):
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=env, check=False)
+
+
+def experiment(name, *arguments, cwd):
+    return run_words(script(name, *arguments), cwd=cwd)
 
 
 def train(*arguments, data_dir, cwd):
-    words = command(*arguments, data_dir=data_dir)
-    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, check=False)
+    return run_words(command(*arguments, data_dir=data_dir), cwd=cwd)
 
 
 @pytest.mark.usefixtures("splits")
@@ -58,9 +68,7 @@ except SystemExit as stop:
 assert "tensorflow" not in sys.modules
 assert "tensorflow_datasets" not in sys.modules
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    run = run_words([sys.executable, "-c", code], cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     workdir = tmp_path / "runs" / "default-seed0"
     result = json.loads((workdir / "result.json").read_text())
@@ -84,11 +92,6 @@ def finished(splits, data_dir, tmp_path_factory):
     run = train(*SMALL, *better, data_dir=data_dir, cwd=directory)
     assert run.returncode == 0, run.stderr
     return directory / "run"
-
-
-def experiment(name, *arguments, cwd):
-    words = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, check=False)
 
 
 def test_report_is_one_page_with_the_runs_numbers(finished, data_dir, tmp_path):
@@ -169,7 +172,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_resumes(data_dir, tmp_path):
     done = len(metrics.read_text().splitlines())
     # Its own recipe is read from the directory; 400 epochs are too many to wait for.
     process = subprocess.Popen(
-        [sys.executable, *words[1:], "--data-dir", str(data_dir), "--devices", "1"],
+        [sys.executable, *words[1:], "--data-dir", data_dir, "--devices", "1"],
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
@@ -214,9 +217,9 @@ def test_one_process_holds_a_run_and_a_second_signal_ends_it_at_once(data_dir, t
 
 @pytest.mark.usefixtures("splits")
 def test_seeds_reports_the_mean_of_what_it_trained(data_dir, tmp_path):
-    words = [sys.executable, str(ROOT / "experiments" / "seeds.py"), *SMALL, "--epochs", "1"]
-    words += ["--seeds", "3", "--data-dir", str(data_dir), "--devices", "1"]
-    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    words = script("seeds", *SMALL, "--epochs", "1")
+    words += ["--seeds", "3", "--data-dir", data_dir, "--devices", "1"]
+    run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     study = json.loads((tmp_path / "runs" / "seeds-default" / "study.json").read_text())
     study = study["studies"]["default"]
@@ -233,8 +236,8 @@ def test_seeds_reports_the_mean_of_what_it_trained(data_dir, tmp_path):
 
 @pytest.mark.usefixtures("splits")
 def test_an_interrupted_study_continues(data_dir, tmp_path):
-    words = [sys.executable, str(ROOT / "experiments" / "seeds.py"), *SMALL, "--epochs", "6"]
-    words += ["--seeds", "2", "--data-dir", str(data_dir), "--devices", "1"]
+    words = script("seeds", *SMALL, "--epochs", "6")
+    words += ["--seeds", "2", "--data-dir", data_dir, "--devices", "1"]
     rows = tmp_path / "runs" / "seeds-default" / "members-0" / "metrics.jsonl"
     victim = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: rows.exists() and rows.read_text(), victim)
@@ -249,10 +252,10 @@ def test_an_interrupted_study_continues(data_dir, tmp_path):
 
 @pytest.mark.usefixtures("splits")
 def test_folds_tests_every_training_image_once(data_dir, tmp_path):
-    words = [sys.executable, str(ROOT / "experiments" / "folds.py"), *SMALL, "--val-size", "0"]
+    words = script("folds", *SMALL, "--val-size", "0")
     words += ["--epochs", "1", "--optimizer.learning-rate", "0.4", "--folds", "2"]
-    words += ["--batch-size", "500", "--data-dir", str(data_dir), "--devices", "1"]
-    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    words += ["--batch-size", "500", "--data-dir", data_dir, "--devices", "1"]
+    run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "runs" / "folds-default" / "folds.json").read_text())
     assert found["sizes"] == [30000, 30000]
@@ -277,11 +280,11 @@ def test_a_fold_is_not_trained_on(small):
 
 @pytest.mark.usefixtures("splits")
 def test_scaling_measures_every_size(data_dir, tmp_path):
-    words = [sys.executable, str(ROOT / "experiments" / "scaling.py"), "--members", "2"]
-    words += ["--batches", "16", "--turns", "2", "--images", "256", "--data-dir", str(data_dir)]
+    words = script("scaling", "--members", "2")
+    words += ["--batches", "16", "--turns", "2", "--images", "256", "--data-dir", data_dir]
     if taskset := shutil.which("taskset"):  # on one core there is less to compile
         words = [taskset, "--cpu-list", "0", *words]
-    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "runs" / "scaling" / "scaling.json").read_text())
     sizes = {(row["panel"], row["line"], row["size"]) for row in rows}
@@ -294,11 +297,11 @@ def test_scaling_measures_every_size(data_dir, tmp_path):
 @pytest.mark.usefixtures("splits")
 def test_a_rehearsal_of_the_gpu_study(data_dir, tmp_path):
     """One recipe, cut to seconds, on the CPU: every part is there, and what is late says so."""
-    words = [sys.executable, str(ROOT / "experiments" / "gpu_study.py"), "--recipes", "tiny700"]
+    words = script("gpu_study", "--recipes", "tiny700")
     words += ["--single-recipes", "tiny700"]
     words += ["--precisions", "float32", "--singles", "1", "--seeds", "2", "--sizes", "1"]
-    words += ["--epochs", "1", "--minutes", "0.05", "--data-dir", str(data_dir)]
-    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    words += ["--epochs", "1", "--minutes", "0.05", "--data-dir", data_dir]
+    run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "runs" / "gpu_study.json").read_text())
     late = {"unfinished": "stopped when the time was over"}
@@ -323,10 +326,10 @@ def test_the_time_to_an_accuracy_is_the_quickest_networks():
 @pytest.mark.usefixtures("splits")
 def test_sweep_chooses_on_validation_and_trains_the_winner_anew(data_dir, tmp_path):
     """At a learning rate of 1e-9 nothing is learnt, so the choice is known beforehand."""
-    words = [sys.executable, str(ROOT / "experiments" / "sweep.py"), *SMALL, "--epochs", "1"]
+    words = script("sweep", *SMALL, "--epochs", "1")
     words += ["--vary", "optimizer.learning-rate=1e-9,0.4", "--search-val-size", "58000"]
-    words += ["--seeds", "1", "--fresh-seeds", "2", "--data-dir", str(data_dir), "--devices", "1"]
-    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    words += ["--seeds", "1", "--fresh-seeds", "2", "--data-dir", data_dir, "--devices", "1"]
+    run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     workdir = tmp_path / "runs" / "sweep-default"
     sweep = json.loads((workdir / "sweep.json").read_text())
@@ -369,21 +372,18 @@ def test_sweep_refuses_in_one_line_before_it_writes(arguments, message, tmp_path
 @pytest.mark.usefixtures("splits")
 def test_killed_runs_end_with_the_same_bits(data_dir, tmp_path):
     """The short form; experiments/torture.py alone kills a hundred, during preparation too."""
-    words = [sys.executable, str(ROOT / "experiments" / "torture.py"), "--kills", "5"]
-    words += ["--data-dir", str(data_dir), "--scenarios", "early stopping", "--no-prepare"]
-    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    words = script("torture", "--kills", "5")
+    words += ["--data-dir", data_dir, "--scenarios", "early stopping", "--no-prepare"]
+    run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.splitlines()[-1] == "5/5 recovered"
 
 
 @pytest.mark.usefixtures("splits")
 def test_benchmark_times_our_steps_without_peers(data_dir, tmp_path):
-    script = str(ROOT / "experiments" / "benchmark.py")
-    words = [sys.executable, script, "--sections", "steps", "--rounds", "1", "--batch-size", "16"]
+    words = script("benchmark", "--sections", "steps", "--rounds", "1", "--batch-size", "16")
     environment = os.environ | {"TFDS_DATA_DIR": str(data_dir)}
-    run = subprocess.run(
-        words, capture_output=True, text=True, cwd=tmp_path, check=False, env=environment
-    )
+    run = run_words(words, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "runs" / "benchmark.json").read_text())
     names = [row["contender"] for row in result["steps"]["rows"]]
@@ -395,8 +395,7 @@ def test_benchmark_times_our_steps_without_peers(data_dir, tmp_path):
 @pytest.mark.parametrize("target", ["archive", "recipe", "command", "picture"])
 def test_fuzzing_finds_nothing(target, tmp_path):
     """The short form, of 300 inputs; a finding ends the process with status 77."""
-    words = [sys.executable, str(ROOT / "experiments" / "fuzz.py"), target, "-runs=300"]
-    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    run = experiment("fuzz", target, "-runs=300", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "Done 300 runs" in run.stderr
 
