@@ -482,13 +482,12 @@ TINY700 = dataclasses.replace(
     TINY2K, model=dataclasses.replace(TINY2K.model, widths=(6, 5, 9, 10, 8))
 )
 
-# 7,666 parameters. Here a little augmentation pays.
+# 7,666 parameters. Enough to fit the training images: here augmentation pays.
 TINY8K = dataclasses.replace(
     TINY2K,
-    epochs=40,
     batch_size=128,
     model=dataclasses.replace(TINY2K.model, widths=(16, 32, 40, 44, 48)),
-    augment=AffineConfig(rotate=5.0, shift=0.03, zoom=0.05),
+    augment=AffineConfig(rotate=8.0, shift=0.05, zoom=0.08),
 )
 
 RECIPES = {"seed": SEED, "default": DEFAULT, "quick": QUICK, "fast": FAST, "strong": STRONG}
