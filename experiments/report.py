@@ -172,7 +172,9 @@ def first_filters(state, *, patch: int) -> np.ndarray:
 
     Of the first channel of the images; a patch's pixels lie in its channels.
     """
-    kernel = np.asarray(state.params["convs"][0]["kernel"])
+    from mnist_flax.steps import to_model
+
+    kernel = np.asarray(to_model(state).convs[0].kernel[...])
     k, _, inputs, outputs = kernel.shape
     blocks = kernel.reshape(k, k, patch, patch, inputs // patch**2, outputs)[:, :, :, :, 0]
     return blocks.transpose(4, 0, 2, 1, 3).reshape(outputs, k * patch, k * patch)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mnist_flax import ops
@@ -16,6 +19,8 @@ from mnist_flax.errors import InputError
 Padding = Literal["SAME", "VALID"]
 Precision = Literal["float32", "bfloat16"]
 Head = Literal["flatten", "mean"]
+
+MAX_PATTERNS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,8 @@ class CNNConfig:
       separable: whether each convolution but the first is depthwise separable: one kernel
         a channel, then a matrix over channels, with nothing between them. Such networks have few
         channels, and are computed in the form that suits few.
+      patterns: for each convolution of a separable network, how many of `derivative_patterns` its
+        kernels are sums of: that many parameters a kernel. Empty leaves every pixel free.
       conv_bias: whether convolutions have a bias; separable ones have none.
       norm_scale: whether BatchNorm has a scale; the next convolution can do without it.
       norm_momentum: weight of the old value in BatchNorm's running statistics, in [0, 1).
@@ -52,6 +59,7 @@ class CNNConfig:
     pool: tuple[bool, ...] = (False, True, True)
     kernel_size: int = 3
     separable: bool = False
+    patterns: tuple[int, ...] = ()
     conv_bias: bool = True
     norm_scale: bool = True
     norm_momentum: float = 0.99
@@ -79,6 +87,8 @@ class CNNConfig:
                 "model separable and conv_bias are both set, but separable convolutions have no "
                 "bias; set conv_bias to False"
             )
+        if self.patterns:
+            self._check_patterns(self.patterns)
         if self.head not in ("flatten", "mean"):
             raise InputError(f"model head {self.head!r} is unknown; give flatten or mean")
         if self.precision not in ("float32", "bfloat16"):
@@ -91,6 +101,19 @@ class CNNConfig:
             raise InputError(f"model norm_momentum is {self.norm_momentum}; give one in [0, 1)")
         if not 0 < self.norm_epsilon < 1:
             raise InputError(f"model norm_epsilon is {self.norm_epsilon}; give one in (0, 1)")
+
+    def _check_patterns(self, patterns: tuple[int, ...]) -> None:
+        if not self.separable:
+            raise InputError("model patterns is set, but only separable networks have them")
+        if len(patterns) != len(self.widths):
+            raise InputError(
+                f"model patterns has {len(patterns)} entries for {len(self.widths)} convolutions; "
+                "give one of each"
+            )
+        if not all(1 <= n <= MAX_PATTERNS for n in patterns):
+            raise InputError(f"model patterns is {patterns}; give numbers from 1 to {MAX_PATTERNS}")
+        if self.kernel_size < 3:
+            raise InputError(f"model patterns needs kernels of 3, not of {self.kernel_size}")
 
 
 def feature_shape(config: CNNConfig, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -161,6 +184,78 @@ def dropout(key: jax.Array, x: jax.Array, *, rate: float | jax.Array) -> jax.Arr
     return jnp.where(keep, x / (1.0 - rate), 0)
 
 
+@functools.cache
+def derivative_patterns(size: int, number: int) -> np.ndarray:
+    """Returns orthonormal patterns, whose sums are an image's derivatives at a pixel.
+
+    In order: the smoothed image, its two slopes, its Laplacian, its mixed second derivative and the
+    difference of its two pure ones. A derivative of order m along an axis is m differences of a
+    binomially smoothed signal: for a size of 3, [1, 2, 1], [1, 0, -1] and [1, -2, 1]. Kernels that
+    are such sums are the structured receptive fields of Jacobsen et al. (2016, arXiv 1605.02971),
+    there of Gaussians.
+
+    Args:
+      size: side of the patterns, at least 3.
+      number: how many of the six.
+
+    Returns:
+      float32 [number, size, size].
+    """
+    smooth, slope, bend = (
+        functools.reduce(np.convolve, [[1, -1]] * m + [[1, 1]] * (size - 1 - m), [1.0])
+        for m in range(3)
+    )
+    across, along = np.outer(smooth, bend), np.outer(bend, smooth)
+    patterns = [np.outer(smooth, smooth), np.outer(smooth, slope), np.outer(slope, smooth)]
+    patterns += [across + along, np.outer(slope, slope), across - along]
+    columns = np.stack([pattern.ravel() for pattern in patterns[:number]], axis=1)
+    return np.linalg.qr(columns)[0].T.reshape(-1, size, size).astype(np.float32)
+
+
+def pattern_sums(weights_NX: jax.Array, *, size: int) -> jax.Array:
+    """Returns kernels [size, size, ...]: sums of N derivatives' patterns by weights [N, ...]."""
+    patterns_NIJ = derivative_patterns(size, len(weights_NX))
+    return jnp.tensordot(patterns_NIJ.astype(weights_NX.dtype), weights_NX, axes=(0, 0))
+
+
+class PatternConv(nnx.Module):
+    """A convolution whose kernels are sums of derivatives' patterns."""
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        kernel_size: int,
+        patterns: int,
+        padding: Padding,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draws the patterns' weights with the variance 2 / fan-in of He et al. (2015).
+
+        `dtype` is what the convolution computes in, by default the inputs' own.
+        """
+        init = nnx.initializers.he_normal()
+        self.weights = nnx.Param(init(rngs.params(), (patterns, n_in, n_out)))
+        self.kernel_size = kernel_size
+        self.padding = padding
+        self.dtype = dtype
+
+    @property
+    def kernel(self) -> jax.Array:
+        """The kernels [I, J, C, O]."""
+        return pattern_sums(self.weights[...], size=self.kernel_size)
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        """Returns the convolution [B, H', W', O]."""
+        dtype = x_BHWC.dtype if self.dtype is None else self.dtype
+        x_BHWC, kernel_IJCO = x_BHWC.astype(dtype), self.kernel.astype(dtype)
+        return ops.few_channels_conv(
+            x_BHWC, kernel_IJCO, (1, 1), self.padding, dimension_numbers=ops.NHWC
+        )
+
+
 class SeparableConv(nnx.Module):
     """A depthwise convolution, one kernel a channel, and a matrix over channels."""
 
@@ -170,27 +265,31 @@ class SeparableConv(nnx.Module):
         n_out: int,
         *,
         kernel_size: int,
+        patterns: int | None = None,
         padding: Padding,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         """Draws the kernels; their product has the variance 2 / fan-in of He et al. (2015).
 
-        `dtype` is what the convolution computes in, by default the inputs' own.
+        `patterns` is of how many derivatives' patterns the kernels are sums; by default pixels are
+        free. `dtype` is what the convolution computes in, by default the inputs' own.
         """
-        depth_IJC = nnx.initializers.normal(1 / kernel_size)(
-            rngs.params(), (kernel_size, kernel_size, n_in)
-        )
-        self.depth = nnx.Param(depth_IJC)
+        shape = (kernel_size, kernel_size) if patterns is None else (patterns,)
+        init = nnx.initializers.normal(1 / math.sqrt(math.prod(shape)))
+        self.depth = nnx.Param(init(rngs.params(), (*shape, n_in)))
         self.point = nnx.Param(nnx.initializers.he_normal()(rngs.params(), (n_in, n_out)))
+        self.kernel_size = kernel_size
         self.padding = padding
         self.dtype = dtype
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Returns the convolution [B, H', W', O]."""
+        depth = self.depth[...]
+        depth_IJC = pattern_sums(depth, size=self.kernel_size) if depth.ndim == 2 else depth
         dtype = x_BHWC.dtype if self.dtype is None else self.dtype
         x_BHWC, depth_IJC, point_CO = (
-            a.astype(dtype) for a in (x_BHWC, self.depth[...], self.point[...])
+            a.astype(dtype) for a in (x_BHWC, depth_IJC, self.point[...])
         )
         return ops.separable_conv(x_BHWC, depth_IJC, point_CO, padding=self.padding)
 
@@ -207,26 +306,21 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 def make_conv(config: CNNConfig, index: int, n_in: int, *, rngs: nnx.Rngs) -> nnx.Module:
     """Returns the convolution number `index`, of `n_in` channels."""
-    n_out, padding = config.widths[index], config.padding[index]
+    n_out, size = config.widths[index], config.kernel_size
+    options = {"padding": config.padding[index], "dtype": compute_dtype(config), "rngs": rngs}
+    patterns = config.patterns[index] if config.patterns else None
     if config.separable and index > 0:
-        return SeparableConv(
-            n_in,
-            n_out,
-            kernel_size=config.kernel_size,
-            padding=padding,
-            dtype=compute_dtype(config),
-            rngs=rngs,
-        )
+        return SeparableConv(n_in, n_out, kernel_size=size, patterns=patterns, **options)
+    if patterns is not None:
+        return PatternConv(n_in, n_out, kernel_size=size, patterns=patterns, **options)
     return nnx.Conv(
         n_in,
         n_out,
-        kernel_size=(config.kernel_size, config.kernel_size),
-        padding=padding,
+        kernel_size=(size, size),
         use_bias=config.conv_bias,
         kernel_init=nnx.initializers.he_normal(),
-        dtype=compute_dtype(config),
         conv_general_dilated=ops.few_channels_conv if config.separable else ops.conv,
-        rngs=rngs,
+        **options,
     )
 
 

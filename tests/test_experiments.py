@@ -17,17 +17,24 @@ from pathlib import Path
 import folds
 import gpu_study
 import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import report
 import sweep
 from conftest import RECIPE, head
+from flax import nnx
 from hypothesis import given, settings
 from PIL import Image
 
 from mnist_flax import command_line
 from mnist_flax.errors import InputError
 from mnist_flax.fit import data_mesh
+from mnist_flax.model import CNN, space_to_depth
 from mnist_flax.recipes import RECIPES, Recipe, differences, from_dict, to_dict
+from mnist_flax.steps import create_state
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--val-size", "59000", "--epochs", "2", "--batch-size", "100"]
@@ -248,6 +255,26 @@ def test_an_interrupted_study_continues(data_dir, tmp_path):
     assert 0 < done < 12
     subprocess.run([*words, "--resume"], cwd=tmp_path, capture_output=True, check=True)
     assert len(rows.read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize("name", ["quick", "tiny700"])
+def test_the_reports_filters_are_the_first_kernels_in_pixels(name):
+    """An image of one bright pixel is answered by the kernel, upside down."""
+    config = RECIPES[name].model
+    model = CNN(config, rngs=nnx.Rngs(0))
+    filters_OHW = report.first_filters(
+        create_state(jax.random.key(0), model, optax.sgd(0.1)), patch=config.patch
+    )
+    side = 3 * config.patch
+    assert filters_OHW.shape == (config.widths[0], side, side)
+    for row, column in [(14, 14), (15, 14), (14, 15)]:  # each place in a patch
+        image = jnp.zeros((1, 28, 28, 1)).at[0, row, column].set(1)
+        answers_HWO = model.convs[0](space_to_depth(image, patch=config.patch))[0]
+        place, shift = (row // config.patch, column // config.patch), config.patch
+        for up, left in np.ndindex(3, 3):
+            seen = answers_HWO[place[0] + 1 - up, place[1] + 1 - left]
+            pixel = up * shift + row % shift, left * shift + column % shift
+            np.testing.assert_allclose(filters_OHW[:, *pixel], seen, atol=1e-6)
 
 
 @pytest.mark.usefixtures("splits")

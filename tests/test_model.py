@@ -10,7 +10,15 @@ import pytest
 from flax import nnx
 
 from mnist_flax.errors import InputError
-from mnist_flax.model import CNN, CNNConfig, SeparableConv, feature_shape, space_to_depth
+from mnist_flax.model import (
+    CNN,
+    CNNConfig,
+    SeparableConv,
+    derivative_patterns,
+    feature_shape,
+    pattern_sums,
+    space_to_depth,
+)
 from mnist_flax.recipes import RECIPES, SEED
 
 
@@ -105,6 +113,58 @@ def test_a_separable_network_counted_by_hand(scale):
     norm = 1 + scale
     first, second = 9 * 8 + norm * 8, 9 * 8 + 8 * 12 + norm * 12
     assert count(nnx.state(model, nnx.Param)) == first + second + 12 * 10 + 10
+
+
+def test_patterns_of_three_by_hand():
+    smooth, slope, bend = ([1, 2, 1], [1, 0, -1], [1, -2, 1])
+    across, along = np.outer(smooth, bend), np.outer(bend, smooth)
+    derivatives = [np.outer(smooth, smooth), np.outer(smooth, slope), np.outer(slope, smooth)]
+    derivatives += [across + along, np.outer(slope, slope), across - along]
+    found = derivative_patterns(3, 6).reshape(6, 9)
+    np.testing.assert_allclose(found @ found.T, np.eye(6), atol=1e-6)
+    # Each derivative needs the patterns up to its own, and no later one.
+    weights = np.stack([derivative.ravel() for derivative in derivatives]) @ found.T
+    np.testing.assert_allclose(weights @ found, np.reshape(derivatives, (6, 9)), atol=1e-5)
+    assert np.all(np.abs(np.triu(weights, 1)) < 1e-5)
+    assert np.all(np.abs(np.diag(weights)) > 1)
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("number", range(1, 7))
+def test_fewer_patterns_are_the_first_of_more(size, number):
+    first = derivative_patterns(size, 6)[:number]
+    np.testing.assert_allclose(derivative_patterns(size, number), first, atol=1e-6)
+
+
+def test_patterns_of_five_see_derivatives_of_polynomials():
+    """Over an image x + 3 y + x y, slopes are linear and the Laplacian is 0."""
+    y, x = np.mgrid[-2:3, -2:3].astype(np.float32)
+    image = x + 3 * y + x * y
+    seen = derivative_patterns(5, 6).reshape(6, 25) @ image.ravel()
+    assert seen[0] == pytest.approx(0, abs=1e-5)
+    assert seen[2] / seen[1] == pytest.approx(3, rel=1e-5)
+    assert seen[3] == pytest.approx(0, abs=1e-5)
+    assert abs(seen[4]) > 1
+    assert seen[5] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_network_of_patterns_against_one_of_free_kernels():
+    """The same kernels, written out pixel by pixel, give the same logits; parameters are fewer."""
+    free = dataclasses.replace(RECIPES["tiny700"].model, patterns=())
+    config = dataclasses.replace(free, patterns=(6, 3, 4, 1, 2))
+    few, many = (CNN(c, rngs=nnx.Rngs(0)) for c in (config, free))
+    many.convs[0].kernel[...] = few.convs[0].kernel
+    for structured, plain in zip(few.convs[1:], many.convs[1:], strict=True):
+        plain.depth[...] = pattern_sums(structured.depth[...], size=3)
+        plain.point[...] = structured.point[...]
+    many.head.kernel[...] = few.head.kernel[...]
+    for train in (False, True):
+        logits = [model(images(3), train=train) for model in (few, many)]
+        np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
+    widths = config.widths
+    saved = 3 * widths[0] + 6 * widths[0] + 5 * widths[1] + 8 * widths[2] + 7 * widths[3]
+    counts = [count(nnx.state(model, nnx.Param)) for model in (few, many)]
+    assert counts[1] - counts[0] == saved
 
 
 @pytest.mark.parametrize("name", ["quick", "tiny700"])
@@ -214,6 +274,13 @@ def test_space_to_depth_by_hand():
         ({"padding": ("VALID", "FULL", "SAME")}, "FULL"),
         ({"head": "max"}, "head 'max' is unknown"),
         ({"separable": True}, "separable and conv_bias"),
+        ({"patterns": (6, 4, 4)}, "only separable networks"),
+        ({"separable": True, "conv_bias": False, "patterns": (6, 4)}, "2 entries for 3"),
+        ({"separable": True, "conv_bias": False, "patterns": (6, 0, 7)}, "from 1 to 6"),
+        (
+            {"separable": True, "conv_bias": False, "patterns": (1, 1, 1), "kernel_size": 2},
+            "kernels of 3",
+        ),
         ({"precision": "float16"}, "precision 'float16' is unknown"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"dropout": float("nan")}, "dropout is nan"),
