@@ -113,7 +113,7 @@ class CNNConfig:
         if not all(1 <= n <= MAX_PATTERNS for n in patterns):
             raise InputError(f"model patterns is {patterns}; give numbers from 1 to {MAX_PATTERNS}")
         if self.kernel_size < 3:
-            raise InputError(f"model patterns needs kernels of 3, not of {self.kernel_size}")
+            raise InputError(f"model patterns needs kernels of 3 or more, not {self.kernel_size}")
 
 
 def feature_shape(config: CNNConfig, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
