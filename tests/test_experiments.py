@@ -261,19 +261,19 @@ def test_an_interrupted_study_continues(data_dir, tmp_path):
 def test_the_reports_filters_are_the_first_kernels_in_pixels(name):
     """An image of one bright pixel is answered by the kernel, upside down."""
     config = RECIPES[name].model
+    patch = config.patch
     model = CNN(config, rngs=nnx.Rngs(0))
-    filters_OHW = report.first_filters(
-        create_state(jax.random.key(0), model, optax.sgd(0.1)), patch=config.patch
-    )
-    side = 3 * config.patch
-    assert filters_OHW.shape == (config.widths[0], side, side)
-    for row, column in [(14, 14), (15, 14), (14, 15)]:  # each place in a patch
-        image = jnp.zeros((1, 28, 28, 1)).at[0, row, column].set(1)
-        answers_HWO = model.convs[0](space_to_depth(image, patch=config.patch))[0]
-        place, shift = (row // config.patch, column // config.patch), config.patch
+    state = create_state(jax.random.key(0), model, optax.sgd(0.1))
+    filters_OHW = report.first_filters(state, patch=patch)
+    assert filters_OHW.shape == (config.widths[0], 3 * patch, 3 * patch)
+    bright = [(14, 14), (15, 14), (14, 15)]  # of different places in a patch
+    images = np.zeros((3, 28, 28, 1), np.float32)
+    images[np.arange(3), *np.transpose(bright)] = 1
+    answers_BHWO = np.asarray(model.convs[0](space_to_depth(jnp.asarray(images), patch=patch)))
+    for (row, column), answers_HWO in zip(bright, answers_BHWO, strict=True):
         for up, left in np.ndindex(3, 3):
-            seen = answers_HWO[place[0] + 1 - up, place[1] + 1 - left]
-            pixel = up * shift + row % shift, left * shift + column % shift
+            seen = answers_HWO[row // patch + 1 - up, column // patch + 1 - left]
+            pixel = up * patch + row % patch, left * patch + column % patch
             np.testing.assert_allclose(filters_OHW[:, *pixel], seen, atol=1e-6)
 
 
