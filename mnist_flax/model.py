@@ -218,6 +218,11 @@ def pattern_sums(weights_NX: jax.Array, *, size: int) -> jax.Array:
     return jnp.tensordot(patterns_NIJ.astype(weights_NX.dtype), weights_NX, axes=(0, 0))
 
 
+def as_computed(x: jax.Array, *params: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
+    """Returns a layer's inputs and parameters in `dtype`, or in the inputs' own if it is None."""
+    return tuple(a.astype(x.dtype if dtype is None else dtype) for a in (x, *params))
+
+
 class PatternConv(nnx.Module):
     """A convolution whose kernels are sums of derivatives' patterns."""
 
@@ -249,8 +254,7 @@ class PatternConv(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Returns the convolution [B, H', W', O]."""
-        dtype = x_BHWC.dtype if self.dtype is None else self.dtype
-        x_BHWC, kernel_IJCO = x_BHWC.astype(dtype), self.kernel.astype(dtype)
+        x_BHWC, kernel_IJCO = as_computed(x_BHWC, self.kernel, dtype=self.dtype)
         return ops.few_channels_conv(
             x_BHWC, kernel_IJCO, (1, 1), self.padding, dimension_numbers=ops.NHWC
         )
@@ -287,9 +291,8 @@ class SeparableConv(nnx.Module):
         """Returns the convolution [B, H', W', O]."""
         depth = self.depth[...]
         depth_IJC = pattern_sums(depth, size=self.kernel_size) if depth.ndim == 2 else depth
-        dtype = x_BHWC.dtype if self.dtype is None else self.dtype
-        x_BHWC, depth_IJC, point_CO = (
-            a.astype(dtype) for a in (x_BHWC, depth_IJC, self.point[...])
+        x_BHWC, depth_IJC, point_CO = as_computed(
+            x_BHWC, depth_IJC, self.point[...], dtype=self.dtype
         )
         return ops.separable_conv(x_BHWC, depth_IJC, point_CO, padding=self.padding)
 

@@ -477,7 +477,7 @@ TINY2K = dataclasses.replace(
     ),
 )
 
-# 694 parameters. Kernels of six patterns, then of four, leave room for one more channel a layer.
+# 694 parameters. Kernels of six patterns, then of four, leave room for a few more channels.
 TINY700 = dataclasses.replace(
     TINY2K,
     model=dataclasses.replace(TINY2K.model, widths=(8, 7, 10, 11, 10), patterns=(6, 4, 4, 4, 4)),
