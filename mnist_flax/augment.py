@@ -48,7 +48,7 @@ def random_affine(
     Raises:
         InputError: `images_BHWC` is not a floating-point array of rank 4.
     """
-    _check_images(images_BHWC)
+    check_images(images_BHWC)
     batch_size, height, width, _ = images_BHWC.shape
     dtype = jnp.promote_types(images_BHWC.dtype, jnp.float32)
 
@@ -142,7 +142,7 @@ def warp_affine(images_BHWC: jax.Array, matrices_B23: jax.Array) -> jax.Array:
     Raises:
         InputError: `images_BHWC` is not a floating-point array of rank 4.
     """
-    _check_images(images_BHWC)
+    check_images(images_BHWC)
     return jax.vmap(_warp_one)(images_BHWC, matrices_B23)
 
 
@@ -160,7 +160,8 @@ def _warp_one(image_HWC, matrix_23):
     return jax.vmap(resample, in_axes=-1, out_axes=-1)(image_HWC)
 
 
-def _check_images(images_BHWC):
+def check_images(images_BHWC: jax.Array) -> None:
+    """Raises InputError unless images are floating-point [B, H, W, C]."""
     if images_BHWC.ndim != 4 or not jnp.issubdtype(images_BHWC.dtype, jnp.floating):
         raise InputError(
             "images must be floating-point [B, H, W, C], not "

@@ -15,6 +15,7 @@ from flax import nnx
 
 from mnist_flax import ops
 from mnist_flax.errors import InputError
+from mnist_flax.moments import normalize
 
 Padding = Literal["SAME", "VALID"]
 Precision = Literal["float32", "bfloat16"]
@@ -28,6 +29,8 @@ class CNNConfig:
     """An architecture. The defaults are the notebook's network.
 
     Attributes:
+      normalize: whether images are brought to nearly the same moments first: centre, slant and
+        spread (`mnist_flax.moments.normalize`).
       patch: side of the pixel blocks that are stacked as channels before the first convolution
         (space to depth); 1 leaves the image as it is.
       widths: output channels of each convolution.
@@ -53,6 +56,7 @@ class CNNConfig:
       InputError: on construction, for a value that no network can have.
     """
 
+    normalize: bool = False
     patch: int = 1
     widths: tuple[int, ...] = (32, 64, 128)
     padding: tuple[Padding, ...] = ("VALID", "VALID", "VALID")
@@ -389,6 +393,9 @@ class CNN(nnx.Module):
           train: normalise by the batch's own statistics and move the running ones towards them.
         """
         few_channels = self.config.separable
+        if self.config.normalize:
+            # A loop over channels would resample the images anew for each.
+            images_BHWC = jax.lax.optimization_barrier(normalize(images_BHWC))
         x = space_to_depth(images_BHWC, patch=self.config.patch)
         for conv, norm, pool in zip(self.convs, self.norms, self.config.pool, strict=True):
             x = at_least_float32(conv(x))

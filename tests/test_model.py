@@ -19,6 +19,7 @@ from mnist_flax.model import (
     pattern_sums,
     space_to_depth,
 )
+from mnist_flax.moments import normalize
 from mnist_flax.recipes import RECIPES, SEED
 
 
@@ -167,6 +168,17 @@ def test_a_network_of_patterns_against_one_of_free_kernels():
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
     counts = [count(nnx.state(model, nnx.Param)) for model in (few, many)]
     assert counts[1] - counts[0] == (9 - 6) * 4 + (9 - 4) * 4 + (9 - 1) * 3
+
+
+def test_normalization_comes_before_the_network():
+    plain = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(), dropout=0.0)
+    config = dataclasses.replace(plain, normalize=True)
+    models = [CNN(c, rngs=nnx.Rngs(0)) for c in (config, plain)]
+    for train in (False, True):
+        normalizing, other = models
+        logits = other(normalize(images(3)), train=train)
+        np.testing.assert_allclose(normalizing(images(3), train=train), logits, atol=1e-5)
+        assert not np.allclose(other(images(3), train=train), logits, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["quick", "tiny700"])
