@@ -30,7 +30,8 @@ class CNNConfig:
 
     Attributes:
       normalize: whether images are brought to nearly the same moments first: centre, slant and
-        spread (`mnist_flax.moments.normalize`).
+        spread (`mnist_flax.moments.normalize`). That takes back most of an augmentation's shift,
+        shear and zoom.
       patch: side of the pixel blocks that are stacked as channels before the first convolution
         (space to depth); 1 leaves the image as it is.
       widths: output channels of each convolution.
