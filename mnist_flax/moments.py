@@ -50,7 +50,9 @@ def moments(images_BHWC: jax.Array) -> Moments:
     ink_BHW = images_BHWC.sum(-1)
     total_B11 = ink_BHW.sum((1, 2), keepdims=True)
     uniform = 1 / (height * width)
-    share_BHW = jnp.where(total_B11 > 0, ink_BHW / jnp.where(total_B11 > 0, total_B11, 1), uniform)
+    share_BHW = jnp.where(
+        total_B11 > 0, ink_BHW / jnp.where(total_B11 > 0, total_B11, 1.0), uniform
+    )
     y_1H1 = jnp.arange(height, dtype=share_BHW.dtype)[None, :, None]
     x_11W = jnp.arange(width, dtype=share_BHW.dtype)[None, None, :]
 
@@ -118,7 +120,7 @@ def interpolate(values: jax.Array, places: jax.Array, *, axis: int) -> jax.Array
     total = jnp.zeros((), values.dtype)
     for index in (low, low + 1):
         inside = (index >= 0) & (index < size)
-        weight = jnp.where(inside, 1 - jnp.abs(places - index), 0)
+        weight = jnp.where(inside, 1 - jnp.abs(places - index), 0.0)
         at = jnp.clip(index, 0, size - 1).astype(jnp.int32)
         total = total + weight * jnp.take_along_axis(values, at, axis)
     return total

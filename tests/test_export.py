@@ -28,7 +28,7 @@ print("agreed")
 """
 
 
-@pytest.fixture(scope="module", params=["default", "seed"])
+@pytest.fixture(scope="module", params=["default", "seed", "tiny700"])
 def state(request, splits):
     """A network with statistics that are not those it began with."""
     state = initial_state(RECIPES[request.param], splits.info, steps=1, mesh=data_mesh(1))
