@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from scipy import optimize
 
 from mnist_flax.data import EVAL_BATCH, Examples, eval_batches
 from mnist_flax.steps import TrainState, eval_logits
@@ -144,6 +143,7 @@ def fit_temperature(evaluation: Evaluation) -> float:
 
     Temperature scaling, Guo et al. (2017), section 4.2.
     """
+    from scipy import optimize  # half a second, which no run needs
 
     def loss(log_temperature):
         return evaluation.at_temperature(math.exp(log_temperature)).loss

@@ -164,7 +164,7 @@ def test_a_network_of_patterns_against_one_of_free_kernels():
         plain.depth[...] = pattern_sums(structured.depth[...], size=3)
         plain.point[...] = structured.point[...]
     many.head.kernel[...] = few.head.kernel[...]
-    logits = [model(images(3)) for model in (few, many)]
+    logits = [nnx.jit(CNN.__call__)(model, images(3)) for model in (few, many)]
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
     counts = [count(nnx.state(model, nnx.Param)) for model in (few, many)]
     assert counts[1] - counts[0] == (9 - 6) * 4 + (9 - 4) * 4 + (9 - 1) * 3

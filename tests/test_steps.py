@@ -65,8 +65,10 @@ def test_a_step_by_hand(batch):
     model = CNN(config, rngs=nnx.Rngs(0))
     optimizer = make_optimizer("sgd", learning_rate=lambda _: 0.1)
     state = create_state(jax.random.key(0), model, optimizer)
-    features_BF = np.asarray(model.features(to_float(batch.images), train=True), np.float64)
-    new_state, metrics = train_step(state, batch, label_smoothing=0.1)
+    see = nnx.jit(functools.partial(CNN.features, train=True))
+    features_BF = np.asarray(see(model, to_float(batch.images)), np.float64)
+    step = jax.jit(functools.partial(train_step, label_smoothing=0.1))
+    new_state, metrics = step(state, batch)
     kernel = np.asarray(state.params["head"]["kernel"], np.float64)
     bias = np.asarray(state.params["head"]["bias"], np.float64)
     logits = features_BF @ kernel + bias
@@ -109,7 +111,8 @@ def test_a_step_leaves_its_inputs_and_the_key_alone(batch, step):
 def test_the_plateau_scale_multiplies_the_update(batch):
     state = make_state()
     halved = dataclasses.replace(state, plateau=state.plateau._replace(scale=jnp.float32(0.5)))
-    full, half = train_step(state, batch)[0], train_step(halved, batch)[0]
+    step = jax.jit(train_step)
+    full, half = step(state, batch)[0], step(halved, batch)[0]
 
     def moved(new):
         return new.params["head"]["kernel"] - state.params["head"]["kernel"]
@@ -150,7 +153,7 @@ def test_eval_counts_padding_for_nothing_and_changes_nothing(batch):
         jnp.concatenate([batch.images, jnp.zeros_like(batch.images[:5])]),
         jnp.concatenate([batch.labels, -jnp.ones_like(batch.labels[:5])]),
     )
-    plain, with_padding = eval_step(state, batch), eval_step(state, padded)
+    plain, with_padding = (jax.jit(eval_step)(state, examples) for examples in (batch, padded))
     assert int(with_padding.count) == 32
     assert int(with_padding.correct) == int(plain.correct)
     np.testing.assert_allclose(with_padding.loss, plain.loss, rtol=1e-6)
