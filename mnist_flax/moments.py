@@ -23,7 +23,7 @@ POWER = 0.75
 
 
 class Moments(NamedTuple):
-    """What of each image's ink, its values, is where; in pixels, each [B].
+    """Where each image's ink lies, which is its values; in pixels, each [B].
 
     Attributes:
       center_y: mean row.

@@ -63,11 +63,13 @@ def train(*arguments, data_dir, cwd):
     return run_words(command(*arguments, data_dir=data_dir), cwd=cwd)
 
 
-@pytest.mark.usefixtures("splits")
-def test_a_run_leaves_its_results_and_imports_no_tensorflow(data_dir, tmp_path):
+@pytest.fixture(scope="module")
+def finished(splits, data_dir, tmp_path_factory):
+    """The directory of a finished run of two epochs, in a process that checks what it imported."""
+    better = ["--val-size", "50000", "--optimizer.learning-rate", "0.2"]
     code = f"""
 import runpy, sys
-sys.argv = {["train.py", *SMALL, "--data-dir", str(data_dir), "--devices", "1"]!r}
+sys.argv = {["train.py", *SMALL, *better, "--data-dir", str(data_dir), "--devices", "1"]!r}
 try:
     runpy.run_path({str(ROOT / "experiments" / "train.py")!r}, run_name="__main__")
 except SystemExit as stop:
@@ -75,11 +77,16 @@ except SystemExit as stop:
 assert "tensorflow" not in sys.modules
 assert "tensorflow_datasets" not in sys.modules
 """
-    run = run_words([sys.executable, "-c", code], cwd=tmp_path)
+    directory = tmp_path_factory.mktemp("finished")
+    run = run_words([sys.executable, "-c", code], cwd=directory)
     assert run.returncode == 0, run.stderr
-    workdir = tmp_path / "runs" / "default-seed0"
-    result = json.loads((workdir / "result.json").read_text())
-    last = run.stdout.splitlines()[-1]
+    (directory / "stdout.txt").write_text(run.stdout)
+    return directory / "runs" / "default-seed0"
+
+
+def test_a_run_leaves_its_results(finished):
+    result = json.loads((finished / "result.json").read_text())
+    last = (finished.parents[1] / "stdout.txt").read_text().splitlines()[-1]
     correct, accuracy = result["test_correct"], result["test_accuracy"]
     assert last == f"test accuracy {accuracy:.2%} ({correct}/10000)"
     assert accuracy == correct / result["test_total"]
@@ -87,18 +94,8 @@ assert "tensorflow_datasets" not in sys.modules
     assert len(result["digest"]) == 64
     assert from_dict(result["recipe"]).epochs == 2
     for name in ("curves", "predictions", "mistakes", "confusion"):
-        with Image.open(workdir / f"{name}.png") as picture:
+        with Image.open(finished / f"{name}.png") as picture:
             assert min(picture.size) > 300
-
-
-@pytest.fixture(scope="module")
-def finished(splits, data_dir, tmp_path_factory):
-    """The directory of a finished run of two epochs."""
-    directory = tmp_path_factory.mktemp("finished")
-    better = ["--val-size", "50000", "--optimizer.learning-rate", "0.2", "--workdir", "run"]
-    run = train(*SMALL, *better, data_dir=data_dir, cwd=directory)
-    assert run.returncode == 0, run.stderr
-    return directory / "run"
 
 
 def test_report_is_one_page_with_the_runs_numbers(finished, data_dir, tmp_path):
@@ -223,13 +220,21 @@ def test_one_process_holds_a_run_and_a_second_signal_ends_it_at_once(data_dir, t
 
 
 @pytest.mark.usefixtures("splits")
-def test_seeds_reports_the_mean_of_what_it_trained(data_dir, tmp_path):
-    words = script("seeds", *SMALL, "--epochs", "1")
+def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(data_dir, tmp_path):
+    words = script("seeds", *SMALL, "--epochs", "6")
     words += ["--seeds", "3", "--data-dir", data_dir, "--devices", "1"]
-    run = run_words(words, cwd=tmp_path)
+    workdir = tmp_path / "runs" / "seeds-default"
+    rows = workdir / "members-0" / "metrics.jsonl"
+    victim = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: rows.exists() and rows.read_text(), victim)
+    victim.send_signal(signal.SIGTERM)
+    assert "continue with the same command and --resume" in victim.communicate()[1]
+    assert victim.returncode == 128 + signal.SIGTERM
+    assert 0 < len(rows.read_text().splitlines()) < 18
+    run = run_words([*words, "--resume"], cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    study = json.loads((tmp_path / "runs" / "seeds-default" / "study.json").read_text())
-    study = study["studies"]["default"]
+    assert len(rows.read_text().splitlines()) == 18
+    study = json.loads((workdir / "study.json").read_text())["studies"]["default"]
     assert [member["seed"] for member in study["members"]] == [100, 101, 102]
     accuracies = [member["test_accuracy"] for member in study["members"]]
     assert study["mean"] == pytest.approx(statistics.mean(accuracies))
@@ -239,22 +244,6 @@ def test_seeds_reports_the_mean_of_what_it_trained(data_dir, tmp_path):
     assert study["interval"] == pytest.approx([study["mean"] - half, study["mean"] + half])
     assert f"| `default` | {study['mean']:.3%} | {study['deviation']:.3%} | " in run.stdout
     assert f" | 3 | {study['ensemble_accuracy']:.2%} | " in run.stdout
-
-
-@pytest.mark.usefixtures("splits")
-def test_an_interrupted_study_continues(data_dir, tmp_path):
-    words = script("seeds", *SMALL, "--epochs", "6")
-    words += ["--seeds", "2", "--data-dir", data_dir, "--devices", "1"]
-    rows = tmp_path / "runs" / "seeds-default" / "members-0" / "metrics.jsonl"
-    victim = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: rows.exists() and rows.read_text(), victim)
-    victim.send_signal(signal.SIGTERM)
-    assert "continue with the same command and --resume" in victim.communicate()[1]
-    assert victim.returncode == 128 + signal.SIGTERM
-    done = len(rows.read_text().splitlines())
-    assert 0 < done < 12
-    subprocess.run([*words, "--resume"], cwd=tmp_path, capture_output=True, check=True)
-    assert len(rows.read_text().splitlines()) == 12
 
 
 @pytest.mark.parametrize("name", ["quick", "tiny700"])
