@@ -143,7 +143,7 @@ def fit_temperature(evaluation: Evaluation) -> float:
 
     Temperature scaling, Guo et al. (2017), section 4.2.
     """
-    from scipy import optimize  # half a second, which no run needs
+    from scipy import optimize  # slow to import, and no run needs it
 
     def loss(log_temperature):
         return evaluation.at_temperature(math.exp(log_temperature)).loss
