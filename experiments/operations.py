@@ -79,8 +79,8 @@ def time_convolution(put, *, size, inputs, outputs, padding, images, dtype="floa
         conv = ops.conv if fast else lax.conv_general_dilated
         return conv(x, w, (1, 1), padding, dimension_numbers=ops.NHWC)
 
-    def gradient(x, w, dy, *, argument, fast):
-        return jax.vjp(functools.partial(convolution, fast=fast), x, w)[1](dy)[argument]
+    def gradients(x, w, dy, *, fast):
+        return jax.vjp(functools.partial(convolution, fast=fast), x, w)[1](dy)
 
     put = functools.partial(put, dtype=dtype)
     x, w = put(images, size, size, inputs, shared=True), put(3, 3, inputs, outputs)
@@ -89,9 +89,7 @@ def time_convolution(put, *, size, inputs, outputs, padding, images, dtype="floa
     label = f"{images} x {size}x{size}x{inputs} -> {outputs} {padding}"
     label += ", bfloat16" if dtype == "bfloat16" else ""
     print_times(f"{label}: forward", convolution, (x, w), **options)
-    for argument, name in enumerate(("input", "kernel")):
-        function = functools.partial(gradient, argument=argument)
-        print_times(f"{label}: gradient of the {name}", function, (x, w, dy), **options)
+    print_times(f"{label}: gradients", gradients, (x, w, dy), **options)
 
 
 def time_separable(put, *, size, inputs, outputs, padding, images, **options):

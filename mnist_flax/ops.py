@@ -17,9 +17,9 @@ Too few channels to fill a vector register are slow as the last axis. `few_chann
 `separable_conv` work in planes, [C, H, W, B], on the CPU. What they take and return is [B, H, W, C]
 all the same: XLA drops the transpositions between two of them.
 
-Times are the best of many on two cores of a Sapphire Rapids Xeon, jax 0.10.2, float32, one JAX
-device a core, for the convolution of 128 images of 26x26x32 to 24x24x64:
-`python experiments/operations.py` prints them.
+Times are the best of many on two cores of a Zen 4 EPYC, jax 0.10.2, float32, one JAX device a core,
+for the convolution of 128 images of 26x26x32 to 24x24x64: `python experiments/operations.py` prints
+them.
 """
 
 import contextlib
@@ -36,10 +36,12 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from mnist_flax import winograd
+
 BATCH_AXIS = "data"  # the mesh axis that a batch is sharded over
 NHWC = ("NHWC", "HWIO", "NHWC")
-PATCH_CHANNELS = 8  # below it, but not at 1, patches and a product beat XLA's convolution
-CHUNK_BYTES = 512 * 1024  # a chunk of the output; with the input and a shifted copy, one core's L2
+MANY = 8  # channels, of input and output, from which Winograd's algorithm beats products of patches
+CHUNK_BYTES = 512 * 1024  # of a chunk's patches; with input and output, one core's L2
 
 
 def conv(
@@ -63,17 +65,15 @@ def conv(
     Give it to `nnx.Conv` as `conv_general_dilated`. Fast is a stride-1 convolution of one group
     in NHWC/HWIO order on the CPU; anything else is handed to `lax`.
 
-    - Forward (9 ms; `lax` 24): one row of zeros is added below and the extra output row dropped.
-      Without padding, XLA takes a path with a third of the speed. From 2 to 7 channels it is one
-      matrix product of patches (256 images of 14x14x4 to 16 channels: 0.8 ms; `lax` 1.4).
-    - Gradient of the input (14 ms): a convolution in NHWC order by the flipped kernel. XLA brings
-      convolutions into this order itself, but not inside a loop, where `lax`'s own gradients run
-      in scalar code (jax-ml/jax#12868).
-    - Gradient of the kernel (13 ms; `lax` 58): one matrix product for each kernel position, of the
-      output's gradient with a shifted copy of the input, over chunks that stay in cache.
-    - In bfloat16 all three are products of patches, summed in float32 and rounded once (forward 5
-      ms, input's gradient 10, kernel's 6; `lax` 12, 22 and 58). Processors with units for it (AMX)
-      multiply it five times as fast as float32; without them nothing is gained.
+    - Square kernels of 2 to 5 pixels and at least 8 channels of input and output: by Winograd's
+      algorithm (`winograd.py`; forward 11 ms, both gradients 16; `lax` 42 and 65). In float32 it
+      is off by twice what the order of a plain sum makes.
+    - Others: matrix products of patches, the pixels around each pixel (256 images of 14x14x4 to 16
+      channels: forward 0.8 ms; `lax` 1.8).
+    - In bfloat16 always patches, summed in float32 and rounded once. Processors with units for it
+      (AMX) multiply it five times as fast as float32; without them float32 is the faster one.
+    - Both are loops over chunks that stay in cache. A `lax` convolution in a loop, as in training,
+      has gradients in scalar code (jax-ml/jax#12868).
     - With `few_channels`, one input channel is convolved in planes: a sum of nine shifted images.
 
     Returns:
@@ -235,22 +235,6 @@ def _conv(x_BHWC, w_HWIO, padding):
     return _conv_fwd(x_BHWC, w_HWIO, padding)[0]
 
 
-def _one_convolution(x_BHWC, w_HWIO, padding):
-    """Convolves by XLA's own convolution, in a form that XLA's CPU backend does fast and right."""
-    (top, bottom), sides = padding
-    if jax.device_count() > 1:
-        # XLA calls Eigen for most convolutions with padding. Where a process has as many CPU
-        # devices as cores, the 16th step or so of a loop then loses a part of the sum in some
-        # gradients (jaxlib 0.8.1 to 0.10.2; tests/test_devices.py shows it). Without padding they
-        # go to YNNPACK; the barrier keeps XLA from putting the padding back.
-        x_BHWC = lax.optimization_barrier(_padded(x_BHWC, padding))
-        top, bottom, sides = 0, 0, (0, 0)
-    y = lax.conv_general_dilated(
-        x_BHWC, w_HWIO, (1, 1), ((top, bottom + 1), sides), dimension_numbers=NHWC
-    )
-    return y[:, :-1]
-
-
 def _patch_product(x_BHWC, w_HWIO, padding):
     """Convolves by matrix products, of the patches around each pixel with the kernel."""
     I, J, C, O = w_HWIO.shape
@@ -265,7 +249,8 @@ def _patch_product(x_BHWC, w_HWIO, padding):
 
     def of_chunks(x, w):
         # A loop, for XLA would compute the padding anew in each shifted copy.
-        x = _chunked(_to_bits(x), row_bytes=H * W * I * J * C * x.dtype.itemsize)
+        row_bytes = H * W * I * J * C * x.dtype.itemsize
+        x = winograd.chunked(_to_bits(x), row_bytes=row_bytes, chunk_bytes=CHUNK_BYTES)
         y = lax.map(lambda chunk: of_chunk(chunk, w), x)
         return _from_bits(y, dtype).reshape(-1, H, W, O)
 
@@ -297,13 +282,23 @@ def _conv_fwd(x_BHWC, w_HWIO, padding):
 
 
 def _convolution(x_BHWC, w_HWIO, padding):
-    if x_BHWC.dtype == jnp.bfloat16 or 1 < x_BHWC.shape[-1] < PATCH_CHANNELS:
-        return _patch_product(x_BHWC, w_HWIO, padding)
-    return _one_convolution(x_BHWC, w_HWIO, padding)
+    if _by_winograd(x_BHWC, w_HWIO):
+        convolve = functools.partial(winograd.convolve, padding=padding)
+        return _on_each_device(convolve, (x_BHWC,), (w_HWIO,))
+    return _patch_product(x_BHWC, w_HWIO, padding)
+
+
+def _by_winograd(x_BHWC, w_HWIO):
+    I, J, C, O = w_HWIO.shape
+    square = I == J and I in winograd.KERNEL_SIZES
+    return square and min(C, O) >= MANY and x_BHWC.dtype != jnp.bfloat16
 
 
 def _conv_bwd(padding, residuals, dy_BHWO):
     x_BHWC, w_HWIO = residuals
+    if _by_winograd(x_BHWC, w_HWIO):
+        gradients = functools.partial(winograd.gradients, padding=padding)
+        return _on_each_device(gradients, (x_BHWC, dy_BHWO), (w_HWIO,), total=(False, True))
     kernel_gradient = functools.partial(_kernel_gradient, size=w_HWIO.shape[:2], padding=padding)
     dx_BHWC = _input_gradient(w_HWIO, dy_BHWO, padding)
     dw_HWIO = _on_each_device(kernel_gradient, (x_BHWC, dy_BHWO), total=True)
@@ -319,7 +314,7 @@ def _input_gradient(w_HWIO, dy_BHWO, padding):
     return _convolution(dy_BHWO, flipped_HWOI, _complement(padding, w_HWIO.shape[:2]))
 
 
-def _on_each_device(fun: Callable, batched: tuple, shared: tuple = (), *, total: bool = False):
+def _on_each_device(fun: Callable, batched: tuple, shared: tuple = (), *, total: Any = False):
     """Returns `fun(*batched, *shared)`, computed on each device for its own examples.
 
     The compiler would gather a loop over chunks of a sharded batch onto every device. What `fun`
@@ -330,19 +325,19 @@ def _on_each_device(fun: Callable, batched: tuple, shared: tuple = (), *, total:
     if devices == 1 or batched[0].shape[0] % devices:
         return fun(*batched, *shared)
     batch, all_ = PartitionSpec(BATCH_AXIS), PartitionSpec()
+
+    def of_local(*local):
+        return jax.tree.map(
+            lambda is_total, y: lax.psum(y, BATCH_AXIS) if is_total else y, total, fun(*local)
+        )
+
     return jax.shard_map(
-        lambda *local: lax.psum(fun(*local), BATCH_AXIS) if total else fun(*local),
+        of_local,
         in_specs=(batch,) * len(batched) + (all_,) * len(shared),
-        out_specs=all_ if total else batch,
+        out_specs=jax.tree.map(lambda is_total: all_ if is_total else batch, total),
         axis_names={BATCH_AXIS},
         check_vma=False,
     )(*batched, *shared)
-
-
-def _chunked(x: jax.Array, *, row_bytes: int) -> jax.Array:
-    """Splits [B, ...] into [chunks, rows, ...] of a size that stays in cache."""
-    rows = _divisor(x.shape[0], at_most=CHUNK_BYTES // row_bytes)
-    return x.reshape(-1, rows, *x.shape[1:])
 
 
 def _kernel_gradient(x_BHWC, dy_BHWO, *, size, padding):
@@ -352,25 +347,17 @@ def _kernel_gradient(x_BHWC, dy_BHWO, *, size, padding):
     _, H, W, O = dy_BHWO.shape
     C = x_BHWC.shape[-1]
     taps = list(np.ndindex(*size))
-    # Matrix products are fast where the summed index T is the left side's last.
-    by_patches = C < 4 or dtype == jnp.bfloat16
 
-    def of_patches(x, dy):
+    def of_chunk(x, dy):
+        # Matrix products are fast where the summed index is the left side's last.
         x = lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
         patches = jnp.concatenate([x[:, :, i : i + H, j : j + W] for i, j in taps])
         patches_PT = _from_bits(patches, dtype).reshape(len(taps) * C, -1)
         return _product(patches_PT, _from_bits(dy, dtype).reshape(-1, O))
 
-    def of_taps(x, dy):
-        # Without the barrier the transposition becomes part of each product, at half the speed.
-        dy_OT = lax.optimization_barrier(dy.reshape(-1, O).T)
-        shifted = [x[:, i : i + H, j : j + W].reshape(-1, C) for i, j in taps]
-        return jnp.concatenate([dy_OT @ x_TC for x_TC in shifted], -1).T
-
-    channels = len(taps) * C if by_patches else max(C, O)
-    row_bytes = H * W * channels * jnp.dtype(dtype).itemsize
-    chunks = [_chunked(a, row_bytes=row_bytes) for a in (x_BHWC, _to_bits(dy_BHWO))]
-    of_chunk = of_patches if by_patches else of_taps
+    row_bytes = H * W * len(taps) * C * jnp.dtype(dtype).itemsize
+    chunked = functools.partial(winograd.chunked, row_bytes=row_bytes, chunk_bytes=CHUNK_BYTES)
+    chunks = chunked(x_BHWC), chunked(_to_bits(dy_BHWO))
     total = jnp.zeros((len(taps) * C, O), jnp.promote_types(dtype, jnp.float32))
     total, _ = lax.scan(lambda sum_, xs: (sum_ + of_chunk(*xs), None), total, chunks)
     return total.reshape(*size, C, O)
@@ -385,11 +372,6 @@ def _padded(x, padding):
 def _complement(padding, size):
     """Returns the padding with which the flipped kernel undoes a convolution's loss of pixels."""
     return tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(size, padding, strict=True))
-
-
-def _divisor(n: int, *, at_most: int) -> int:
-    """The largest divisor of `n` that is `at_most`, or 1."""
-    return next((d for d in range(min(n, at_most), 0, -1) if n % d == 0), 1)
 
 
 # Pooling

@@ -133,18 +133,12 @@ def test_separable_conv_agrees_with_a_grouped_and_a_pointwise_one(
 
 
 @pytest.mark.parametrize("batch", [12, 13])
-@pytest.mark.parametrize("channels", [3, 16])
-def test_conv_sums_the_kernel_gradient_over_chunks(monkeypatch, batch, channels):
-    x, w = normal(batch, 6, 6, channels), normal(3, 3, channels, 2)
+def test_conv_sums_the_kernel_gradient_over_chunks(monkeypatch, batch):
+    x, w = normal(batch, 6, 6, 3), normal(3, 3, 3, 2)
     expected = value_and_vjp(lambda x, w: lax_conv(x, w, "VALID"), x, w)
     for images in (1, 4, 5, 1000):
-        monkeypatch.setattr(ops, "CHUNK_BYTES", images * 4 * 4 * channels * 8)
+        monkeypatch.setattr(ops, "CHUNK_BYTES", images * 4 * 4 * 9 * 3 * 8)
         close(value_and_vjp(lambda x, w: fast_conv(x, w, "VALID"), x, w), expected)
-
-
-def test_chunks_divide_the_batch():
-    assert [ops._divisor(12, at_most=n) for n in (0, 1, 5, 11, 12, 99)] == [1, 1, 4, 6, 12, 12]
-    assert ops._divisor(13, at_most=12) == 1
 
 
 @pytest.mark.parametrize(
@@ -361,9 +355,9 @@ PLAIN = network(lax_conv, lax_relu_norm_pool, lax_max_pool)
 def parameters(*lead, dtype: type = np.float64):
     blocks = [
         [normal(*lead, 3, 3, *io, seed=seed), normal(*lead, io[1]), normal(*lead, io[1], seed=1)]
-        for seed, io in enumerate([(1, 6), (6, 4)])
+        for seed, io in enumerate([(1, 8), (8, 9)])
     ]
-    return jax.tree.map(lambda a: a.astype(dtype), [*blocks, normal(*lead, 3, 3, 4, 2)])
+    return jax.tree.map(lambda a: a.astype(dtype), [*blocks, normal(*lead, 3, 3, 9, 2)])
 
 
 def test_a_loop_of_steps_is_the_same_steps_one_by_one():
