@@ -314,11 +314,17 @@ def _input_gradient(w_HWIO, dy_BHWO, padding):
     return _convolution(dy_BHWO, flipped_HWOI, _complement(padding, w_HWIO.shape[:2]))
 
 
-def _on_each_device(fun: Callable, batched: tuple, shared: tuple = (), *, total: Any = False):
+def _on_each_device(
+    fun: Callable,
+    batched: tuple,
+    shared: tuple = (),
+    *,
+    total: bool | tuple[bool, ...] = False,
+):
     """Returns `fun(*batched, *shared)`, computed on each device for its own examples.
 
     The compiler would gather a loop over chunks of a sharded batch onto every device. What `fun`
-    returns is batched too, or, with `total`, a sum over examples.
+    returns is batched too, or a sum over examples: `total` says so, of all or of each.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if BATCH_AXIS in mesh.manual_axes else mesh.shape.get(BATCH_AXIS, 1)
@@ -328,13 +334,13 @@ def _on_each_device(fun: Callable, batched: tuple, shared: tuple = (), *, total:
 
     def of_local(*local):
         return jax.tree.map(
-            lambda is_total, y: lax.psum(y, BATCH_AXIS) if is_total else y, total, fun(*local)
+            lambda sum_, y: lax.psum(y, BATCH_AXIS) if sum_ else y, total, fun(*local)
         )
 
     return jax.shard_map(
         of_local,
         in_specs=(batch,) * len(batched) + (all_,) * len(shared),
-        out_specs=jax.tree.map(lambda is_total: all_ if is_total else batch, total),
+        out_specs=jax.tree.map(lambda sum_: all_ if sum_ else batch, total),
         axis_names={BATCH_AXIS},
         check_vma=False,
     )(*batched, *shared)
