@@ -66,8 +66,8 @@ def conv(
     in NHWC/HWIO order on the CPU; anything else is handed to `lax`.
 
     - Square kernels of 2 to 5 pixels and at least 8 channels of input and output: by Winograd's
-      algorithm (`winograd.py`; forward 11 ms, both gradients 16; `lax` 42 and 65). In float32 it
-      is off by twice what the order of a plain sum makes.
+      algorithm (`winograd.py`; forward 11 ms, both gradients 16; `lax` 42 and 65). In float32 its
+      rounding errors are up to twice those of a plain sum.
     - Others: matrix products of patches, the pixels around each pixel (256 images of 14x14x4 to 16
       channels: forward 0.8 ms; `lax` 1.8).
     - In bfloat16 always patches, summed in float32 and rounded once. Processors with units for it
