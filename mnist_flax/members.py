@@ -48,6 +48,7 @@ from mnist_flax.fit import (
     epoch_bar,
     eval_steps,
     first_devices,
+    light_compilation,
     never,
     place,
     resident_feed,
@@ -247,7 +248,11 @@ def fresh_progress(
     def create(key, _):
         return recipe_state(recipes[0], info, steps_per_epoch=steps, key=key)
 
-    create_all = jax.jit(for_each_member(create, mesh=mesh), out_shardings=by_member)
+    create_all = jax.jit(
+        for_each_member(create, mesh=mesh),
+        out_shardings=by_member,
+        compiler_options=light_compilation(),
+    )
     states = create_all(jax.device_put(keys_M, by_member), ())
     M = len(recipes)
     return MembersProgress(
