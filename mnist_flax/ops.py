@@ -278,14 +278,12 @@ def _product(a_MK, b_KN):
 
 
 def _conv_fwd(x_BHWC, w_HWIO, padding):
-    return _convolution(x_BHWC, w_HWIO, padding), (x_BHWC, w_HWIO)
-
-
-def _convolution(x_BHWC, w_HWIO, padding):
     if _by_winograd(x_BHWC, w_HWIO):
         convolve = functools.partial(winograd.convolve, padding=padding)
-        return _on_each_device(convolve, (x_BHWC,), (w_HWIO,))
-    return _patch_product(x_BHWC, w_HWIO, padding)
+        y_BHWO = _on_each_device(convolve, (x_BHWC,), (w_HWIO,))
+    else:
+        y_BHWO = _patch_product(x_BHWC, w_HWIO, padding)
+    return y_BHWO, (x_BHWC, w_HWIO)
 
 
 def _by_winograd(x_BHWC, w_HWIO):
@@ -311,7 +309,7 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 def _input_gradient(w_HWIO, dy_BHWO, padding):
     """Convolves the output's gradient by the flipped kernel."""
     flipped_HWOI = jnp.flip(w_HWIO, (0, 1)).swapaxes(2, 3)
-    return _convolution(dy_BHWO, flipped_HWOI, _complement(padding, w_HWIO.shape[:2]))
+    return _patch_product(dy_BHWO, flipped_HWOI, _complement(padding, w_HWIO.shape[:2]))
 
 
 def _on_each_device(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from jax import lax
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_array_equal
+from test_ops import close, lax_conv, normal
 
 from mnist_flax import winograd
 
@@ -20,10 +20,6 @@ def _float64():
         yield
 
 
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape))
-
-
 def operands(batch, size, channels, K, padding):
     x, w = normal(batch, *size, channels[0]), normal(K, K, *channels)
     sizes = [n + sum(pads) - K + 1 for n, pads in zip(size, padding, strict=True)]
@@ -32,22 +28,12 @@ def operands(batch, size, channels, K, padding):
 
 @functools.partial(jax.jit, static_argnums=3)
 def plain(x, dy, w, padding):
-    def convolve(x, w):
-        return lax.conv_general_dilated(
-            x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-    y, vjp = jax.vjp(convolve, x, w)
+    y, vjp = jax.vjp(lambda x, w: lax_conv(x, w, padding), x, w)
     return y, *vjp(dy)
 
 
 def fast(x, dy, w, padding):
     return winograd.convolve(x, w, padding), *winograd.gradients(x, dy, w, padding)
-
-
-def compare(actual, expected):
-    for a, b in zip(actual, expected, strict=True):
-        assert_allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
 @settings(deadline=None, max_examples=12, derandomize=True)
@@ -60,7 +46,7 @@ def compare(actual, expected):
 )
 def test_value_and_gradients_are_those_of_lax(batch, size, channels, K, padding):
     args = operands(batch, size, channels, K, padding)
-    compare(jax.jit(fast, static_argnums=3)(*args, padding), plain(*args, padding))
+    close(jax.jit(fast, static_argnums=3)(*args, padding), plain(*args, padding))
 
 
 @pytest.mark.parametrize("batch", [12, 13])
@@ -71,7 +57,7 @@ def test_chunks_change_nothing(monkeypatch, batch):
     image_bytes = 6**2 * 2**2 * 4 * 8  # two by two tiles of 4x4, in 6x6 points, 4 channels, float64
     for images in (0, 1, 4, 5, 99):
         monkeypatch.setattr(winograd, "CHUNK_BYTES", images * image_bytes)
-        compare(fast(*args, padding), expected)
+        close(fast(*args, padding), expected)
 
 
 def test_chunks_divide_the_batch():
