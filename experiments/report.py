@@ -184,9 +184,10 @@ def embedding(state, images_NHWC) -> np.ndarray:
     """Returns the first two principal components of what the classifier sees, [N, 2]."""
     import jax
 
-    from mnist_flax.steps import to_float, to_model
+    from mnist_flax.steps import prepared, to_model
 
-    features = jax.jit(lambda images: to_model(state).features(to_float(images)))
+    model = to_model(state)
+    features = jax.jit(lambda images: model.features(prepared(model, images)))
     features_NF = np.asarray(features(images_NHWC))
     centered_NF = features_NF - features_NF.mean(axis=0)
     _, _, components = np.linalg.svd(centered_NF, full_matrices=False)

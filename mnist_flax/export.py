@@ -26,7 +26,8 @@ def inference(state: TrainState) -> Callable[[jax.Array], jax.Array]:
     def infer(images_BHWC):
         model = to_model(state)
         with ops.plain():
-            return model.head(model.features(images_BHWC))  # the converter knows no keyed Dropout
+            features_BF = model.features(model.prepare(images_BHWC))
+            return model.head(features_BF)  # the converter knows no keyed Dropout
 
     return infer
 

@@ -29,9 +29,8 @@ class CNNConfig:
     """An architecture. The defaults are the notebook's network.
 
     Attributes:
-      normalize: whether images are brought to nearly the same moments first: centre, slant and
-        spread (`mnist_flax.moments.normalize`). That takes back most of an augmentation's shift,
-        shear and zoom.
+      normalize: whether images are brought to nearly the same moments first, before augmentation:
+        centre, slant and spread (`mnist_flax.moments.normalize`).
       patch: side of the pixel blocks that are stacked as channels before the first convolution
         (space to depth); 1 leaves the image as it is.
       widths: output channels of each convolution.
@@ -386,17 +385,22 @@ class CNN(nnx.Module):
         dtype = compute_dtype(config)
         self.head = nnx.Linear(sizes[-1], num_classes, dtype=dtype, rngs=rngs)
 
+    def prepare(self, images_BHWC: jax.Array) -> jax.Array:
+        """Returns float images in [0, 1] as the network takes them, augmented or not.
+
+        `train_step` and `eval_step` call it. Augmentation comes after it: normalization would take
+        back most of a shift, a shear and a zoom.
+        """
+        return ops.apart(normalize, images_BHWC) if self.config.normalize else images_BHWC
+
     def features(self, images_BHWC: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the activations [B, F] that the classifier sees, before Dropout.
 
         Args:
-          images_BHWC: float images in [0, 1].
+          images_BHWC: images as `prepare` returns them.
           train: normalise by the batch's own statistics and move the running ones towards them.
         """
         few_channels = self.config.separable
-        if self.config.normalize:
-            # A loop over channels would resample the images anew for each.
-            images_BHWC = jax.lax.optimization_barrier(normalize(images_BHWC))
         x = space_to_depth(images_BHWC, patch=self.config.patch)
         for conv, norm, pool in zip(self.convs, self.norms, self.config.pool, strict=True):
             x = at_least_float32(conv(x))
@@ -417,7 +421,7 @@ class CNN(nnx.Module):
         """Returns logits [B, K].
 
         Args:
-          images_BHWC: float images in [0, 1].
+          images_BHWC: images as `prepare` returns them.
           train: whether BatchNorm uses (and records) batch statistics and Dropout is on.
           key: Dropout's key; needed where `train` is set and the dropout rate is not 0.0.
           dropout_rate: in [0, 1), instead of the architecture's; may be traced.

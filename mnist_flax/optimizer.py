@@ -80,6 +80,7 @@ def make_optimizer(
     weight_decay: float | jax.Array = 0.0,
     momentum: float = 0.0,
     nesterov: bool = True,
+    ns_steps: int = 5,
     adam_ratio: float | jax.Array = 1.0,
 ) -> optax.GradientTransformation:
     """Returns the optimizer; weight decay is decoupled and spares biases and BatchNorm.
@@ -90,6 +91,7 @@ def make_optimizer(
       weight_decay: the fraction of a kernel that a step at learning rate 1 takes away.
       momentum: of "sgd" and "muon", in [0, 1).
       nesterov: whether the momentum of "sgd" and "muon" is Nesterov's.
+      ns_steps: Newton-Schulz iterations with which "muon" makes an update nearly orthogonal.
       adam_ratio: Adam's learning rate as a fraction of Muon's, for what "muon" leaves to it:
         biases, BatchNorm and the classifier, none of which is decayed.
     """
@@ -107,6 +109,7 @@ def make_optimizer(
                 learning_rate,
                 beta=momentum,
                 nesterov=nesterov,
+                ns_steps=ns_steps,
                 weight_decay=weight_decay,
                 adam_learning_rate=lambda step: adam_ratio * jnp.asarray(learning_rate(step)),
                 muon_weight_dimension_numbers=muon_dimensions,

@@ -99,6 +99,12 @@ def to_float(images_BHWC: jax.Array | np.ndarray) -> jax.Array:
     return jnp.asarray(images_BHWC)
 
 
+def prepared(model: Any, images_BHWC: jax.Array | np.ndarray) -> jax.Array:
+    """Returns float images as `model` takes them: by its method `prepare`, where it has one."""
+    images_BHWC = to_float(images_BHWC)
+    return model.prepare(images_BHWC) if hasattr(model, "prepare") else images_BHWC
+
+
 def train_step(
     state: TrainState,
     batch: Examples,
@@ -113,7 +119,8 @@ def train_step(
       state: the state before the step; its arrays stay valid.
       batch: images [B, H, W, C], uint8 or float in [0, 1], and labels [B] int32 in [0, K).
       augment: `augment(key, images_BHWC) -> images_BHWC` on float images, such as
-        `functools.partial(random_affine, rotate=10)`; None trains on the images as they are.
+        `functools.partial(random_affine, rotate=10)`, after the model's own `prepare`; None trains
+        on the images as they are.
       label_smoothing: the share of each target that is spread evenly over the classes, in [0, 1).
       dropout_rate: Dropout's rate, in [0, 1); None for the model's own.
 
@@ -121,7 +128,7 @@ def train_step(
       The state after the step, and the batch's metrics under the parameters before it: the
       (smoothed) training loss and the accuracy with Dropout and augmentation on.
     """
-    images_BHWC = to_float(batch.images)
+    images_BHWC = prepared(to_model(state), batch.images)
     if augment is not None:
         images_BHWC = augment(draw_key(state.key, Purpose.AUGMENT, state.step), images_BHWC)
 
@@ -154,7 +161,8 @@ def train_step(
 
 def eval_logits(state: TrainState, images_BHWC: jax.Array | np.ndarray) -> jax.Array:
     """Returns logits [B, K] with running statistics, without Dropout or augmentation."""
-    return to_model(state)(to_float(images_BHWC), train=False)
+    model = to_model(state)
+    return model(prepared(model, images_BHWC), train=False)
 
 
 def eval_step(state: TrainState, batch: Examples) -> Metrics:

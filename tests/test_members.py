@@ -90,7 +90,7 @@ def test_a_varied_number_is_the_recipes_own(small):
         PLAIN,
         epochs=1,
         augment=AffineConfig(rotate=5.0),
-        optimizer=OptimizerConfig("muon", learning_rate=0.1, adam_ratio=0.1),
+        optimizer=OptimizerConfig("muon", learning_rate=0.1, ns_steps=2, adam_ratio=0.1),
         plateau=PlateauConfig(),
     )
     values = {

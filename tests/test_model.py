@@ -170,15 +170,14 @@ def test_a_network_of_patterns_against_one_of_free_kernels():
     assert counts[1] - counts[0] == (9 - 6) * 4 + (9 - 4) * 4 + (9 - 1) * 3
 
 
-def test_normalization_comes_before_the_network():
-    plain = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(), dropout=0.0)
-    config = dataclasses.replace(plain, normalize=True)
-    models = [CNN(c, rngs=nnx.Rngs(0)) for c in (config, plain)]
-    for train in (False, True):
-        normalizing, other = models
-        logits = other(normalize(images(3)), train=train)
-        np.testing.assert_allclose(normalizing(images(3), train=train), logits, atol=1e-5)
-        assert not np.allclose(other(images(3), train=train), logits, atol=1e-2)
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_prepare_normalizes_where_the_config_says_so(normalizes):
+    config = CNNConfig(normalize=normalizes, widths=(4,), padding=("SAME",), pool=(True,))
+    prepared = CNN(config, rngs=nnx.Rngs(0)).prepare(images(3))
+    normalized = normalize(images(3))
+    assert not np.allclose(normalized, images(3), atol=0.1)
+    expected = normalized if normalizes else images(3)
+    np.testing.assert_allclose(prepared, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["quick", "tiny700"])

@@ -133,6 +133,19 @@ def test_separable_conv_agrees_with_a_grouped_and_a_pointwise_one(
 
 
 @pytest.mark.parametrize("batch", [12, 13])
+def test_apart_is_the_function_in_a_loop_of_its_own(monkeypatch, batch):
+    """Without the loop XLA computes anew what is read more than once, and nothing else shows it."""
+    monkeypatch.setattr(ops, "CHUNK_BYTES", 8 * 4 * 5 * 6 * 2 * 8)  # 4 images in an eighth of it
+    x = normal(batch, 5, 6, 2)
+    apart = jax.jit(lambda x: ops.apart(lambda x: jnp.sin(x) * 2, x))
+    close(apart(x), np.sin(x) * 2)
+    assert " while(" in apart.lower(x).compile().as_text()
+    with ops.plain():
+        plain = jax.jit(lambda x: ops.apart(lambda x: jnp.sin(x) * 2, x)).lower(x)
+    assert " while(" not in plain.compile().as_text()
+
+
+@pytest.mark.parametrize("batch", [12, 13])
 def test_conv_sums_the_kernel_gradient_over_chunks(monkeypatch, batch):
     x, w = normal(batch, 6, 6, 3), normal(3, 3, 3, 2)
     expected = value_and_vjp(lambda x, w: lax_conv(x, w, "VALID"), x, w)
@@ -393,21 +406,24 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from mnist_flax import ops
 from test_ops import FAST, close, normal, parameters, small_network, small_parameters
 
 mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 cases = (FAST, parameters(), 8), (FAST, parameters(), 7), (small_network, small_parameters(), 8)
 for gradient, params, batch in cases:
     x = normal(batch, 17, 19, 1)
-    expected = jax.jit(gradient)(params, x)
+    expected = jax.jit(gradient)(params, 2 * x)
+    of_doubled = lambda params, x: gradient(params, ops.apart(lambda x: 2 * x, x))
     with jax.set_mesh(mesh):
         spec = P("data") if batch == 8 else P()
         x = jax.device_put(x, NamedSharding(mesh, spec))
         params = jax.device_put(params, NamedSharding(mesh, P()))
-        run = jax.jit(gradient).lower(params, x).compile()
+        run = jax.jit(of_doubled).lower(params, x).compile()
         actual = run(params, x)
         assert batch == 7 or "all-gather" not in run.as_text()
-        mapped = jax.jit(jax.vmap(gradient, (0, None)))(jax.tree.map(lambda p: p[None], params), x)
+        stacked = jax.tree.map(lambda p: p[None], params)
+        mapped = jax.jit(jax.vmap(of_doubled, (0, None)))(stacked, x)
     close(actual, expected)
     close(jax.tree.map(lambda g: g[0], mapped), expected)
 print("agreed")

@@ -61,6 +61,20 @@ def test_decay_spares_biases_and_batch_norm(name):
     assert jax.tree.leaves(decayed(PARAMS)) == [False, True, True, False]
 
 
+def test_a_newton_schulz_iteration_by_hand():
+    """X to aX + bAX + cAAX with A = XX', after X is divided by its Frobenius norm."""
+    optimizer = make_optimizer("muon", learning_rate=lambda _: 1.0, nesterov=False, ns_steps=1)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
+    updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    x = np.asarray(grads["convs"]["kernel"], np.float64).reshape(-1, 4).T
+    x /= np.linalg.norm(x)
+    a = x @ x.T
+    expected = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+    actual = np.asarray(updates["convs"]["kernel"]).reshape(-1, 4).T
+    np.testing.assert_allclose(actual, -expected, rtol=1e-4, atol=1e-5)
+
+
 def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
     dimensions = muon_dimensions(PARAMS)
     assert dimensions["convs"]["kernel"] == ((0, 1, 2), 3)

@@ -13,11 +13,13 @@ from flax import nnx
 from mnist_flax.augment import random_affine
 from mnist_flax.data import Examples
 from mnist_flax.model import CNN, CNNConfig
+from mnist_flax.moments import normalize
 from mnist_flax.optimizer import make_optimizer
 from mnist_flax.steps import (
     Purpose,
     create_state,
     draw_key,
+    eval_logits,
     eval_step,
     reduce_on_plateau,
     to_float,
@@ -106,6 +108,24 @@ def test_a_step_leaves_its_inputs_and_the_key_alone(batch, step):
     assert same_bits(new_state.key, state.key)
     assert not same_bits(new_state.params, state.params)
     assert not same_bits(new_state.batch_stats, state.batch_stats)
+
+
+def test_images_are_normalized_before_they_are_augmented(batch):
+    """As if they had been normalized beforehand, and the network knew nothing of it."""
+    config = dataclasses.replace(CONFIG, normalize=True)
+    key, images = jax.random.key(0), to_float(batch.images)
+    states = [
+        create_state(key, CNN(c, rngs=nnx.Rngs(params=key)), OPTIMIZER) for c in (config, CONFIG)
+    ]
+    batches = [batch._replace(images=seen) for seen in (images, normalize(images))]
+    # A shift, which normalization would take back.
+    step = jax.jit(functools.partial(train_step, augment=lambda key, x: jnp.roll(x, 4, axis=1)))
+    (own, metrics), (other, expected) = map(step, states, batches)
+    np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.norm(own.params), optax.tree.norm(other.params), 1e-5)
+    run = jax.jit(eval_logits)
+    logits = [run(state, b.images) for state, b in zip((own, other), batches, strict=True)]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-3)
 
 
 def test_the_plateau_scale_multiplies_the_update(batch):
