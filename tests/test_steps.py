@@ -112,10 +112,11 @@ def test_a_step_leaves_its_inputs_and_the_key_alone(batch, step):
 
 def test_images_are_normalized_before_they_are_augmented(batch):
     """As if they had been normalized beforehand, and the network knew nothing of it."""
-    config = dataclasses.replace(CONFIG, normalize=True)
+    plain = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(), dropout=0.0)
+    configs = (dataclasses.replace(plain, normalize=True), plain)
     key, images = jax.random.key(0), to_float(batch.images)
     states = [
-        create_state(key, CNN(c, rngs=nnx.Rngs(params=key)), OPTIMIZER) for c in (config, CONFIG)
+        create_state(key, CNN(config, rngs=nnx.Rngs(params=key)), OPTIMIZER) for config in configs
     ]
     batches = [batch._replace(images=seen) for seen in (images, normalize(images))]
     # A shift, which normalization would take back.
