@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mnist_flax import ops
 from mnist_flax.errors import InputError
-from mnist_flax.steps import TrainState, to_model
+from mnist_flax.steps import TrainState, eval_logits
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -24,10 +24,8 @@ def inference(state: TrainState) -> Callable[[jax.Array], jax.Array]:
     """Returns `infer(images_BHWC) -> logits_BK`, of plain operations; parameters are constants."""
 
     def infer(images_BHWC):
-        model = to_model(state)
         with ops.plain():
-            features_BF = model.features(model.prepare(images_BHWC))
-            return model.head(features_BF)  # the converter knows no keyed Dropout
+            return eval_logits(state, images_BHWC)
 
     return infer
 
