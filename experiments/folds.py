@@ -17,7 +17,13 @@ import tyro
 
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import InputError
-from mnist_flax.recipes import PlateauConfig, Recipe, StoppingConfig, to_dict
+from mnist_flax.recipes import (
+    PlateauConfig,
+    Recipe,
+    StoppingConfig,
+    make_view,
+    to_dict,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Command:
     Attributes:
       recipe: the recipe's fields, without validation; each fold's seed is one higher.
       folds: how many parts the training images are cut into, at least 2.
+      views: test also the mean of this many random views of each image, by the recipe's own
+        augmentation; 0 tests the images as they are alone.
       workdir: where folds.json goes; by default runs/folds-NAME.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       devices: how many devices share a batch; by default all, and on the CPU one a core.
@@ -34,6 +42,7 @@ class Command:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     folds: int = 6
+    views: int = 0
     workdir: Path | None = None
     data_dir: Path | None = None
     devices: int | None = None
@@ -55,15 +64,13 @@ def without_validation(recipe: Recipe) -> Recipe:
 
 
 def without(recipe: Recipe, splits, held_out: np.ndarray, *, mesh):
-    """Trains on the training images that are not held out; evaluates those that are."""
+    """Trains on the training images that are not held out; returns the state."""
     from mnist_flax.data import take
-    from mnist_flax.evaluate import evaluate
     from mnist_flax.fit import fit
 
     kept = np.setdiff1d(np.arange(splits.train.num_examples), held_out)
     rest = dataclasses.replace(splits, train=take(splits.train, kept))
-    result = fit(recipe, rest, mesh=mesh, progress=False)
-    return evaluate(result.state, take(splits.train, held_out))
+    return fit(recipe, rest, mesh=mesh, progress=False).state
 
 
 def main(arguments):
@@ -72,9 +79,11 @@ def main(arguments):
     default = Command(without_validation(command_line.named_recipe(name)))
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
     recipe = command.recipe
+    view = make_view(recipe, views=command.views)
     runtime.configure(cpu_devices=command.devices or runtime.share_cores(recipe.batch_size))
 
-    from mnist_flax.data import load_splits
+    from mnist_flax.data import load_splits, take
+    from mnist_flax.evaluate import evaluate, evaluate_views
     from mnist_flax.fit import data_mesh
     from mnist_flax.workdir import write_json
 
@@ -83,16 +92,23 @@ def main(arguments):
     mesh = data_mesh(command.devices)
     splits = load_splits(recipe.dataset, val_size=0, data_dir=command.data_dir)
     folds = np.array_split(np.arange(splits.train.num_examples), command.folds)
-    correct = []
+    correct: dict[str, list[int]] = {}
     for number, held_out in enumerate(folds):
         own = dataclasses.replace(recipe, seed=recipe.seed + number)
-        found = without(own, splits, held_out, mesh=mesh)
-        correct.append(found.correct)
-        print(f"fold {number + 1} of {command.folds}: {found.accuracy:.2%}", flush=True)
-    mean = sum(correct) / splits.train.num_examples
-    print(f"{name}: {mean:.3%} of the {splits.train.num_examples} training images")
+        state, examples = without(own, splits, held_out, mesh=mesh), take(splits.train, held_out)
+        found = {name: evaluate(state, examples)}
+        if view is not None:
+            found[f"{name}, the mean of {command.views} views"] = evaluate_views(
+                state, examples, augment=view, views=command.views
+            )
+        for label, evaluation in found.items():
+            correct.setdefault(label, []).append(evaluation.correct)
+            print(f"fold {number + 1}: {label} {evaluation.accuracy:.2%}", flush=True)
+    means = {label: sum(each) / splits.train.num_examples for label, each in correct.items()}
+    for label, mean in means.items():
+        print(f"{label}: {mean:.3%} of the {splits.train.num_examples} training images")
     sizes = [len(held_out) for held_out in folds]
-    summary = {"recipe": to_dict(recipe), "correct": correct, "sizes": sizes, "accuracy": mean}
+    summary = {"recipe": to_dict(recipe), "correct": correct, "sizes": sizes, "accuracy": means}
     write_json(workdir / "folds.json", summary)
     return 0
 

@@ -8,9 +8,10 @@ train.py; `--versus NAME` compares with another recipe on the same seeds.
 """
 
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,8 @@ from scipy import stats
 
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.recipes import Recipe, to_dict
+from mnist_flax.evaluate import Evaluation, mixture
+from mnist_flax.recipes import Recipe, make_view, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Command:
       seeds: how many seeds, at least 2.
       first_seed: the first of them.
       versus: another recipe to train from the same seeds.
+      views: test also the mean of this many random views of each image, by the recipe's own
+        augmentation; 0 tests the images as they are alone.
       workdir: where study.json, the strip plot and checkpoints go; by default runs/seeds-NAME.
       resume: continue the study in workdir.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
@@ -42,6 +46,7 @@ class Command:
     seeds: int = 10
     first_seed: int = 100
     versus: str | None = None
+    views: int = 0
     workdir: Path | None = None
     resume: bool = False
     data_dir: Path | None = None
@@ -67,10 +72,21 @@ def statistics(accuracies: np.ndarray) -> dict[str, Any]:
     }
 
 
+def test_statistics(tests: Sequence[Evaluation]) -> dict[str, Any]:
+    """Returns what the members reach on the test split, apart and together."""
+    ensemble = mixture(tests)
+    return {
+        **statistics(np.array([test.accuracy for test in tests])),
+        "ensemble_accuracy": ensemble.accuracy,
+        "ensemble_loss": ensemble.loss,
+    }
+
+
 def run_seeds(
     recipe: Recipe,
     *,
     seeds: range,
+    views: int = 0,
     data_dir: Path | None,
     devices: int | None,
     workdir: Path | None = None,
@@ -78,8 +94,9 @@ def run_seeds(
     interrupted: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Trains and tests each seed; returns a study's numbers and the accuracy of each seed."""
+    import jax
+
     from mnist_flax.data import load_splits
-    from mnist_flax.evaluate import Evaluation
     from mnist_flax.fit import never
     from mnist_flax.members import evaluate_many, fit_many, member_mesh
 
@@ -114,21 +131,22 @@ def run_seeds(
                 "train_seconds": sum(row["train_seconds"] for row in history),
             }
         )
-    mixture_NK = np.logaddexp.reduce([test.log_probabilities_NK for test in tests])
-    ensemble = Evaluation(mixture_NK - np.log(len(tests)), tests[0].labels_N)
-    accuracies = np.array([test.accuracy for test in tests])
     study = {
         "recipe": to_dict(recipe),
-        **statistics(accuracies),
+        **test_statistics(tests),
         "fit_seconds": trained - began,
         "test_seconds": time.perf_counter() - trained,
         "train_seconds_mean": sum(member["train_seconds"] for member in members) / len(members),
         "mesh": dict(mesh.shape),
-        "ensemble_accuracy": ensemble.accuracy,
-        "ensemble_loss": ensemble.loss,
         "members": members,
     }
-    return study, accuracies
+    if (view := make_view(recipe, views=views)) is not None:
+        look = functools.partial(evaluate_many, mesh=mesh, augment=view)
+        keys = map(jax.random.key, range(views))
+        shown = [look(result.states, splits.test, key=key) for key in keys]
+        averaged = [mixture(own) for own in zip(*shown, strict=True)]
+        study["views"] = {"number": views, **test_statistics(averaged)}
+    return study, np.array([test.accuracy for test in tests])
 
 
 def describe(name: str, study: dict[str, Any]) -> str:
@@ -142,11 +160,20 @@ def describe(name: str, study: dict[str, Any]) -> str:
     )
 
 
-def table_row(name: str, study: dict[str, Any]) -> str:
+def rows(name: str, study: dict[str, Any]) -> list[str]:
+    """Returns a study as rows of the table in RESULTS.md, one of them for views."""
+    lines = [table_row(f"`{name}`", study)]
+    if "views" in study:
+        label = f"`{name}`, the mean of {study['views']['number']} views"
+        lines.append(table_row(label, study | study["views"]))
+    return lines
+
+
+def table_row(label: str, study: dict[str, Any]) -> str:
     """Returns a study as a row of the table in RESULTS.md."""
     low, high = study["interval"]
     return (
-        f"| `{name}` | {study['mean']:.3%} | {study['deviation']:.3%} | {low:.3%} to {high:.3%} "
+        f"| {label} | {study['mean']:.3%} | {study['deviation']:.3%} | {low:.3%} to {high:.3%} "
         f"| {len(study['members'])} | {study['ensemble_accuracy']:.2%} "
         f"| {study['ensemble_loss']:.4f} | {study['train_seconds_mean']:.3g} |"
     )
@@ -160,6 +187,8 @@ def main(arguments):
     recipes = {name: command.recipe}
     if command.versus is not None:
         recipes[f"{command.versus} (other)"] = command_line.named_recipe(command.versus)
+    for recipe in recipes.values():
+        make_view(recipe, views=command.views)  # so an impossible number ends it here
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes.values())
     runtime.configure(cpu_devices=command.devices or cores)
 
@@ -176,6 +205,7 @@ def main(arguments):
             studies[label], accuracies[label] = run_seeds(
                 recipe,
                 seeds=range(command.first_seed, command.first_seed + command.seeds),
+                views=command.views,
                 data_dir=command.data_dir,
                 devices=command.devices,
                 workdir=checkpoints,
@@ -187,7 +217,7 @@ def main(arguments):
             return interrupts.exit_status
     for label, study in studies.items():
         print(describe(label, study))
-        print(table_row(label, study))
+        print(*rows(label, study), sep="\n")
     summary: dict[str, Any] = {"studies": studies}
     if command.versus is not None:
         ours, theirs = accuracies.values()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from mnist_flax.data import EVAL_BATCH, Examples, eval_batches
-from mnist_flax.steps import TrainState, eval_logits
+from mnist_flax.steps import Augment, TrainState, eval_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Evaluation:
     """A network's logits on N examples, and what follows from them.
 
     Attributes:
-      logits_NK: float32 [N, K].
+      logits_NK: float32 [N, K]; of a `mixture`, float64.
       labels_N: int32 [N], in [0, K).
     """
 
@@ -98,6 +100,16 @@ class Evaluation:
         return Evaluation(self.logits_NK / temperature, self.labels_N)
 
 
+def mixture(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Returns the evaluation whose probabilities are the mean of several's on the same examples.
+
+    Such as an ensemble's members, or random views of the images. Its logits are log-probabilities.
+    """
+    logs_ENK = [evaluation.log_probabilities_NK for evaluation in evaluations]
+    mean_NK = np.logaddexp.reduce(logs_ENK) - math.log(len(evaluations))
+    return Evaluation(mean_NK, evaluations[0].labels_N)
+
+
 def wilson_interval(correct: int, total: int, *, z: float = 1.959964) -> tuple[float, float]:
     """Returns Wilson's score interval of a proportion, 95% by default (Wilson 1927, JASA 22)."""
     p, n = correct / total, total
@@ -175,26 +187,83 @@ def risk_coverage(evaluation: Evaluation) -> RiskCoverage:
     return RiskCoverage(answered / evaluation.total, errors / answered, error_free)
 
 
-@jax.jit
-def batched_logits(state: TrainState, images_SBHWC: jax.Array) -> jax.Array:
-    """Returns logits [S, B, K] of stacked batches."""
-    return jax.lax.map(lambda images_BHWC: eval_logits(state, images_BHWC), images_SBHWC)
+@functools.partial(jax.jit, static_argnames="augment")
+def batched_logits(
+    state: TrainState,
+    images_SBHWC: jax.Array,
+    keys_S: jax.Array | None = None,
+    *,
+    augment: Augment | None = None,
+) -> jax.Array:
+    """Returns logits [S, B, K] of stacked batches, as `augment` shows them with a key for each."""
+
+    def logits(batch):
+        images_BHWC, key = batch
+        view = None if augment is None else functools.partial(augment, key)
+        return eval_logits(state, images_BHWC, view=view)
+
+    return jax.lax.map(logits, (images_SBHWC, keys_S))
 
 
-def predict(state: TrainState, images_NHWC: np.ndarray | jax.Array) -> np.ndarray:
-    """Returns logits [N, K], float32, of `images_NHWC`, N >= 1, uint8 or float in [0, 1]."""
+def predict(
+    state: TrainState,
+    images_NHWC: np.ndarray | jax.Array,
+    *,
+    augment: Augment | None = None,
+    key: jax.Array | None = None,
+) -> np.ndarray:
+    """Returns logits [N, K], float32, of `images_NHWC`, N >= 1, uint8 or float in [0, 1].
+
+    Args:
+      state: the state; its arrays stay valid.
+      images_NHWC: the images.
+      augment: as in `train_step`, to see one random view of each image; None sees them as they are.
+      key: what `augment` draws by.
+    """
     N = len(images_NHWC)
     padded = Examples(np.asarray(images_NHWC), np.zeros(N, np.int32))
-    batches = eval_batches(padded, batch_size=min(N, EVAL_BATCH))
-    logits_SBK = np.asarray(batched_logits(state, batches.images))
+    images_SBHWC = eval_batches(padded, batch_size=min(N, EVAL_BATCH)).images
+    keys_S = batch_keys(key, len(images_SBHWC))
+    logits_SBK = np.asarray(batched_logits(state, images_SBHWC, keys_S, augment=augment))
     return logits_SBK.reshape(-1, logits_SBK.shape[-1])[:N]
 
 
-def evaluate(state: TrainState, examples: Examples) -> Evaluation:
+def batch_keys(key: jax.Array | None, count: int) -> jax.Array | None:
+    """Returns a key for each of `count` batches, or None without a key."""
+    return None if key is None else jax.random.split(key, count)
+
+
+def evaluate(
+    state: TrainState,
+    examples: Examples,
+    *,
+    augment: Augment | None = None,
+    key: jax.Array | None = None,
+) -> Evaluation:
     """Evaluates every example once.
 
     Args:
       state: the state; its arrays stay valid.
       examples: at least one example.
+      augment: as in `train_step`, to see one random view of each image; None sees them as they are.
+      key: what `augment` draws by.
     """
-    return Evaluation(predict(state, examples.images), np.asarray(examples.labels))
+    logits_NK = predict(state, examples.images, augment=augment, key=key)
+    return Evaluation(logits_NK, np.asarray(examples.labels))
+
+
+def evaluate_views(
+    state: TrainState, examples: Examples, *, augment: Augment, views: int
+) -> Evaluation:
+    """Evaluates the mean of random views of every image: test-time augmentation.
+
+    The views are the same in every call.
+
+    Args:
+      state: the state; its arrays stay valid.
+      examples: at least one example.
+      augment: as in `train_step`.
+      views: how many, at least 1.
+    """
+    look = functools.partial(evaluate, state, examples, augment=augment)
+    return mixture([look(key=jax.random.key(view)) for view in range(views)])

@@ -323,6 +323,19 @@ def make_augment(recipe: Recipe, *, traced: Traced = NOTHING) -> Augment | None:
     return None if none else functools.partial(random_affine, **ranges)
 
 
+def make_view(recipe: Recipe, *, views: int) -> Augment | None:
+    """Returns the augmentation that draws random views of a test image, or None for 0 views.
+
+    Raises:
+      InputError: `views` is negative, or the recipe has no augmentation.
+    """
+    if views < 0:
+        raise InputError(f"views is {views}; give at least 0")
+    if views and make_augment(recipe) is None:
+        raise InputError(f"views is {views}, but the recipe has no augmentation; give 0")
+    return make_augment(recipe) if views else None
+
+
 def step_options(recipe: Recipe, *, traced: Traced = NOTHING) -> dict[str, Any]:
     """Returns `train_step`'s options."""
     return {
@@ -408,7 +421,7 @@ QUICK = Recipe(
         hidden=(),
         dropout=0.0,
     ),
-    optimizer=OptimizerConfig("muon", learning_rate=0.4, momentum=0.8, ns_steps=5, adam_ratio=0.05),
+    optimizer=OptimizerConfig("muon", learning_rate=0.4, momentum=0.8, ns_steps=3, adam_ratio=0.05),
     schedule=ScheduleConfig("one_cycle", warmup=0.2),
 )
 
@@ -433,7 +446,6 @@ STRONG = dataclasses.replace(
         dropout=0.4,
     ),
     augment=AffineConfig(rotate=5.0, shift=0.03, zoom=0.05, shear=5.0),
-    optimizer=dataclasses.replace(QUICK.optimizer, ns_steps=3),
 )
 
 # The network of `strong`: longer, with more augmentation.

@@ -159,10 +159,23 @@ def train_step(
     )
 
 
-def eval_logits(state: TrainState, images_BHWC: jax.Array | np.ndarray) -> jax.Array:
-    """Returns logits [B, K] with running statistics, without Dropout or augmentation."""
+def eval_logits(
+    state: TrainState,
+    images_BHWC: jax.Array | np.ndarray,
+    *,
+    view: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Returns logits [B, K] with running statistics, without Dropout.
+
+    Args:
+      state: the state; its arrays stay valid.
+      images_BHWC: images [B, H, W, C], uint8 or float in [0, 1].
+      view: what to show the model of the images after its own `prepare`, such as an augmentation
+        with its key; None shows the images as they are.
+    """
     model = to_model(state)
-    return model(prepared(model, images_BHWC), train=False)
+    images_BHWC = prepared(model, images_BHWC)
+    return model(images_BHWC if view is None else view(images_BHWC), train=False)
 
 
 def eval_step(state: TrainState, batch: Examples) -> Metrics:

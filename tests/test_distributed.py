@@ -24,8 +24,8 @@ TRAIN = str(Path(__file__).parents[1] / "experiments" / "train.py")
 # 100 steps an epoch, which take longer than writing a checkpoint.
 SMALL = "--val-size 200 --epochs 3 --batch-size 50 --model.widths 4 8 --model.padding SAME VALID"
 SMALL += " --model.pool True True --model.hidden 16 --model.dropout 0.2"
-# As many threads in XLA, whatever the machine, in one process and in two.
-THREADS = {"NPROC": "2"}
+# As many threads in XLA, whatever the machine, in one process and in two; compiled as a user's are.
+SAME_BITS = {"NPROC": "2", "XLA_FLAGS": ""}
 
 # train.py, which also notes the records that it reads: their indices, in a file a process.
 NOTING = """
@@ -71,7 +71,7 @@ class Job:
         return [
             subprocess.Popen(
                 [sys.executable, *(word.format(index) for word in program), *arguments],
-                env=os.environ | THREADS | job | {"JAX_PROCESS_ID": str(index)},
+                env=os.environ | SAME_BITS | job | {"JAX_PROCESS_ID": str(index)},
                 umask=0o077 if index else 0o022,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -85,7 +85,7 @@ class Job:
         """Runs the job to its end as one process."""
         subprocess.run(
             [sys.executable, TRAIN, *self.options, *words],
-            env=os.environ | THREADS,
+            env=os.environ | SAME_BITS,
             capture_output=True,
             cwd=self.directory,
             check=True,

@@ -13,6 +13,7 @@ from sklearn import metrics
 from mnist_flax.evaluate import (
     Evaluation,
     fit_temperature,
+    mixture,
     reliability,
     risk_coverage,
     wilson_interval,
@@ -60,6 +61,17 @@ def test_wilson_interval_against_scipy(correct, total):
 
 def log(probabilities, labels):
     return Evaluation(np.log(np.array(probabilities, np.float32)), np.array(labels, np.int32))
+
+
+def test_a_mixture_of_hand_computed_values():
+    """Probabilities are averaged, not logits, whose mean would say 0 for the second example."""
+    one = Evaluation(np.log([[0.6, 0.4], [0.999, 0.001]]).astype(np.float32) + 7, np.array([1, 1]))
+    other = log([[0.2, 0.8], [0.1, 0.9]], [1, 1])
+    third = log([[0.4, 0.6], [0.1, 0.9]], [1, 1])
+    found = mixture([one, other, third])
+    assert_allclose(found.probabilities_NK, [[0.4, 0.6], [1.199 / 3, 1.801 / 3]], rtol=1e-5)
+    assert_array_equal(found.labels_N, [1, 1])
+    assert (found.correct, one.correct) == (2, 0)
 
 
 def test_reliability_of_hand_computed_values():

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 import pytest
 import report
+import seeds
 import sweep
 from conftest import RECIPE, head
 from flax import nnx
@@ -30,7 +31,9 @@ from hypothesis import given, settings
 from PIL import Image
 
 from mnist_flax import command_line
+from mnist_flax.data import take
 from mnist_flax.errors import InputError
+from mnist_flax.evaluate import evaluate
 from mnist_flax.fit import data_mesh
 from mnist_flax.model import CNN, space_to_depth
 from mnist_flax.recipes import RECIPES, Recipe, differences, from_dict, to_dict
@@ -222,7 +225,7 @@ def test_one_process_holds_a_run_and_a_second_signal_ends_it_at_once(data_dir, t
 @pytest.mark.usefixtures("splits")
 def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(data_dir, tmp_path):
     words = script("seeds", *SMALL, "--epochs", "6")
-    words += ["--seeds", "3", "--data-dir", data_dir, "--devices", "1"]
+    words += ["--seeds", "3", "--views", "2", "--data-dir", data_dir, "--devices", "1"]
     workdir = tmp_path / "runs" / "seeds-default"
     rows = workdir / "members-0" / "metrics.jsonl"
     victim = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -244,6 +247,9 @@ def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(
     assert study["interval"] == pytest.approx([study["mean"] - half, study["mean"] + half])
     assert f"| `default` | {study['mean']:.3%} | {study['deviation']:.3%} | " in run.stdout
     assert f" | 3 | {study['ensemble_accuracy']:.2%} | " in run.stdout
+    views = study["views"]
+    assert f"| `default`, the mean of 2 views | {views['mean']:.3%} | " in run.stdout
+    assert 0 < abs(views["mean"] - study["mean"]) < 0.1
 
 
 @pytest.mark.parametrize("name", ["quick", "tiny700"])
@@ -266,17 +272,34 @@ def test_the_reports_filters_are_the_first_kernels_in_pixels(name):
             np.testing.assert_allclose(filters_OHW[:, *pixel], seen, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--views", "-1"], "views is -1"),
+        (["--recipe", "quick", "--views", "2"], "no augmentation"),
+        (["--recipe", "fast", "--versus", "quick", "--views", "2"], "no augmentation"),
+    ],
+)
+def test_views_that_nothing_draws_are_refused_before_any_work(arguments, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        seeds.main([*arguments, "--workdir", str(tmp_path / "study")])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("splits")
 def test_folds_tests_every_training_image_once(data_dir, tmp_path):
     words = script("folds", *SMALL, "--val-size", "0")
     words += ["--epochs", "1", "--optimizer.learning-rate", "0.4", "--folds", "2"]
-    words += ["--batch-size", "500", "--data-dir", data_dir, "--devices", "1"]
+    words += ["--batch-size", "500", "--views", "2", "--data-dir", data_dir, "--devices", "1"]
     run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "runs" / "folds-default" / "folds.json").read_text())
     assert found["sizes"] == [30000, 30000]
-    assert found["accuracy"] == sum(found["correct"]) / 60000 > 0.8
-    assert f"default: {found['accuracy']:.3%} of the 60000 training images" in run.stdout
+    assert list(found["accuracy"]) == ["default", "default, the mean of 2 views"]
+    for name, accuracy in found["accuracy"].items():
+        assert accuracy == sum(found["correct"][name]) / 60000 > 0.8
+        assert f"{name}: {accuracy:.3%} of the 60000 training images" in run.stdout
+    assert len(set(found["accuracy"].values())) == 2
 
 
 def test_a_fold_is_not_trained_on(small):
@@ -288,7 +311,8 @@ def test_a_fold_is_not_trained_on(small):
         small, train=small.train._replace(labels=labels), val=head(small.val, 0)
     )
     recipe = dataclasses.replace(folds.without_validation(RECIPE), epochs=20, batch_size=30)
-    found = folds.without(recipe, wrong, held_out, mesh=data_mesh(1))
+    state = folds.without(recipe, wrong, held_out, mesh=data_mesh(1))
+    found = evaluate(state, take(wrong.train, held_out))
     np.testing.assert_array_equal(found.labels_N, labels[held_out])
     assert np.mean((found.predictions_N + 1) % 10 == found.labels_N) > 0.85
     assert found.accuracy < 0.05
@@ -390,7 +414,7 @@ def test_killed_runs_end_with_the_same_bits(data_dir, tmp_path):
     """The short form; experiments/torture.py alone kills a hundred, during preparation too."""
     words = script("torture", "--kills", "3")
     words += ["--data-dir", data_dir, "--scenarios", "early stopping", "--no-prepare"]
-    run = run_words(words, cwd=tmp_path)
+    run = run_words(words, cwd=tmp_path, env=os.environ | {"XLA_FLAGS": ""})
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.splitlines()[-1] == "3/3 recovered"
 

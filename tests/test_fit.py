@@ -13,7 +13,7 @@ from conftest import MODEL, RECIPE, head
 from mnist_flax import checkpoint
 from mnist_flax.data import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.evaluate import evaluate, predict
+from mnist_flax.evaluate import evaluate, evaluate_views, predict
 from mnist_flax.fit import data_mesh, epochs, fit
 from mnist_flax.model import CNNConfig
 from mnist_flax.optimizer import make_schedule
@@ -23,8 +23,9 @@ from mnist_flax.recipes import (
     PlateauConfig,
     ScheduleConfig,
     StoppingConfig,
+    make_augment,
 )
-from mnist_flax.steps import eval_logits
+from mnist_flax.steps import eval_logits, to_float
 
 
 def bits(state):
@@ -187,3 +188,23 @@ def test_evaluation_against_numpy(whole, splits):
     assert evaluation.confusion_KK[row, column] >= 1
     assert predict(state, examples.images[:3]).shape == (3, 10)
     assert math.isclose(evaluation.accuracy, hits.mean())
+
+
+def test_views_are_augmented_images(whole, splits):
+    """Of 700 examples: a batch of 500, and one that is not full."""
+    examples = head(splits.test, 700)
+    state, images = whole[0].state, np.asarray(to_float(examples.images))
+    augment = make_augment(RECIPE)
+    assert augment is not None
+    means = 0
+    for view in range(2):
+        keys = jax.random.split(jax.random.key(view), 2)
+        padded = np.concatenate([images, np.zeros((300, 28, 28, 1), np.float32)])
+        parts = zip(keys, np.split(padded, 2), strict=True)
+        seen = np.concatenate([augment(key, part) for key, part in parts])[:700]
+        evaluation = evaluate(state, examples, augment=augment, key=jax.random.key(view))
+        np.testing.assert_allclose(evaluation.logits_NK, predict(state, seen), atol=1e-3)
+        means += evaluation.probabilities_NK / 2
+    views = evaluate_views(state, examples, augment=augment, views=2)
+    np.testing.assert_allclose(views.probabilities_NK, means, rtol=1e-6)
+    assert np.abs(means - evaluate(state, examples).probabilities_NK).max() > 0.1

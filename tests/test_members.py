@@ -31,6 +31,7 @@ from mnist_flax.recipes import (
     PlateauConfig,
     ScheduleConfig,
     StoppingConfig,
+    make_augment,
     with_fields,
 )
 
@@ -169,6 +170,15 @@ def test_evaluation_of_many_is_that_of_each(study, splits):
         np.testing.assert_allclose(evaluation.logits_NK, alone.logits_NK, rtol=1e-4, atol=1e-4)
         assert evaluation.total == 1111
     assert not np.allclose(together[0].logits_NK, together[1].logits_NK)
+
+
+def test_all_members_see_the_same_views(study, splits):
+    examples, augment = head(splits.test, 700), make_augment(RECIPE)
+    states, key = study[0].states, functools.partial(jax.random.key, 3)
+    together = evaluate_many(states, examples, augment=augment, key=key())
+    for i, evaluation in enumerate(together):
+        alone = evaluate(study[0].member(i).state, examples, augment=augment, key=key())
+        np.testing.assert_allclose(evaluation.logits_NK, alone.logits_NK, rtol=1e-3, atol=1e-3)
 
 
 def test_bad_input_is_refused_before_anything_is_written(small, study, data_dir, tmp_path):

@@ -119,14 +119,18 @@ def test_images_are_normalized_before_they_are_augmented(batch):
         create_state(key, CNN(config, rngs=nnx.Rngs(params=key)), OPTIMIZER) for config in configs
     ]
     batches = [batch._replace(images=seen) for seen in (images, normalize(images))]
-    # A shift, which normalization would take back.
-    step = jax.jit(functools.partial(train_step, augment=lambda key, x: jnp.roll(x, 4, axis=1)))
+
+    def shift(images_BHWC):  # which normalization would take back
+        return jnp.roll(images_BHWC, 4, axis=1)
+
+    step = jax.jit(functools.partial(train_step, augment=lambda _, images: shift(images)))
     (own, metrics), (other, expected) = map(step, states, batches)
     np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-5)
     np.testing.assert_allclose(optax.tree.norm(own.params), optax.tree.norm(other.params), 1e-5)
-    run = jax.jit(eval_logits)
-    logits = [run(state, b.images) for state, b in zip((own, other), batches, strict=True)]
-    np.testing.assert_allclose(*logits, rtol=0, atol=1e-3)
+    for view in (None, shift):
+        run = jax.jit(functools.partial(eval_logits, view=view))
+        logits = [run(state, b.images) for state, b in zip((own, other), batches, strict=True)]
+        np.testing.assert_allclose(*logits, rtol=0, atol=1e-3)
 
 
 def test_the_plateau_scale_multiplies_the_update(batch):
