@@ -18,8 +18,8 @@ from mnist_flax.recipes import (
     ScheduleConfig,
 )
 
-# Compilation is most of the tests' time, and at LLVM's first level it takes a sixth less of it. The
-# tests that compare whole runs by their bits clear the variable, and set, it is left alone.
+# Most of the tests' time is compilation; LLVM's first level saves a sixth of the whole. Tests that
+# compare runs of several processes by their bits clear the variable: they compile as users do.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
