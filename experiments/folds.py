@@ -17,13 +17,7 @@ import tyro
 
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import InputError
-from mnist_flax.recipes import (
-    PlateauConfig,
-    Recipe,
-    StoppingConfig,
-    make_view,
-    to_dict,
-)
+from mnist_flax.recipes import PlateauConfig, Recipe, StoppingConfig, recipe_views, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +73,11 @@ def main(arguments):
     default = Command(without_validation(command_line.named_recipe(name)))
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
     recipe = command.recipe
-    view = make_view(recipe, views=command.views)
     runtime.configure(cpu_devices=command.devices or runtime.share_cores(recipe.batch_size))
+    views = recipe_views(recipe, count=command.views)
 
     from mnist_flax.data import load_splits, take
-    from mnist_flax.evaluate import evaluate, evaluate_views
+    from mnist_flax.evaluate import evaluate, mixture
     from mnist_flax.fit import data_mesh
     from mnist_flax.workdir import write_json
 
@@ -97,10 +91,9 @@ def main(arguments):
         own = dataclasses.replace(recipe, seed=recipe.seed + number)
         state, examples = without(own, splits, held_out, mesh=mesh), take(splits.train, held_out)
         found = {name: evaluate(state, examples)}
-        if view is not None:
-            found[f"{name}, the mean of {command.views} views"] = evaluate_views(
-                state, examples, augment=view, views=command.views
-            )
+        if views:
+            seen = [evaluate(state, examples, view=view) for view in views]
+            found[f"{name}, the mean of {len(views)} views"] = mixture(seen)
         for label, evaluation in found.items():
             correct.setdefault(label, []).append(evaluation.correct)
             print(f"fold {number + 1}: {label} {evaluation.accuracy:.2%}", flush=True)

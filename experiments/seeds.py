@@ -22,7 +22,7 @@ from scipy import stats
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluate import Evaluation, mixture
-from mnist_flax.recipes import Recipe, make_view, to_dict
+from mnist_flax.recipes import Recipe, recipe_views, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +94,6 @@ def run_seeds(
     interrupted: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Trains and tests each seed; returns a study's numbers and the accuracy of each seed."""
-    import jax
-
     from mnist_flax.data import load_splits
     from mnist_flax.fit import never
     from mnist_flax.members import evaluate_many, fit_many, member_mesh
@@ -140,11 +138,10 @@ def run_seeds(
         "mesh": dict(mesh.shape),
         "members": members,
     }
-    if (view := make_view(recipe, views=views)) is not None:
-        look = functools.partial(evaluate_many, mesh=mesh, augment=view)
-        keys = map(jax.random.key, range(views))
-        shown = [look(result.states, splits.test, key=key) for key in keys]
-        averaged = [mixture(own) for own in zip(*shown, strict=True)]
+    if own_views := recipe_views(recipe, count=views):
+        look = functools.partial(evaluate_many, result.states, splits.test, mesh=mesh)
+        seen = [look(view=view) for view in own_views]
+        averaged = [mixture(member) for member in zip(*seen, strict=True)]
         study["views"] = {"number": views, **test_statistics(averaged)}
     return study, np.array([test.accuracy for test in tests])
 
@@ -187,10 +184,10 @@ def main(arguments):
     recipes = {name: command.recipe}
     if command.versus is not None:
         recipes[f"{command.versus} (other)"] = command_line.named_recipe(command.versus)
-    for recipe in recipes.values():
-        make_view(recipe, views=command.views)  # so an impossible number ends it here
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes.values())
     runtime.configure(cpu_devices=command.devices or cores)
+    for recipe in recipes.values():
+        recipe_views(recipe, count=command.views)  # so an impossible number ends it here
 
     from mnist_flax.figures import plot_seeds, save_figure
     from mnist_flax.workdir import write_json

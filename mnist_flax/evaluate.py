@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mnist_flax.data import EVAL_BATCH, Examples, eval_batches
@@ -103,7 +103,8 @@ class Evaluation:
 def mixture(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Returns the evaluation whose probabilities are the mean of several's on the same examples.
 
-    Such as an ensemble's members, or random views of the images. Its logits are log-probabilities.
+    Such as an ensemble's members, or random views of the images (test-time augmentation). Its
+    logits are log-probabilities.
     """
     logs_ENK = [evaluation.log_probabilities_NK for evaluation in evaluations]
     mean_NK = np.logaddexp.reduce(logs_ENK) - math.log(len(evaluations))
@@ -187,83 +188,64 @@ def risk_coverage(evaluation: Evaluation) -> RiskCoverage:
     return RiskCoverage(answered / evaluation.total, errors / answered, error_free)
 
 
-@functools.partial(jax.jit, static_argnames="augment")
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A random view of images, for test-time augmentation. A pytree.
+
+    Attributes:
+      key: what `augment` draws by.
+      augment: as in `train_step`, `augment(key, images_BHWC) -> images_BHWC` (static).
+    """
+
+    key: jax.Array
+    augment: Augment = dataclasses.field(metadata={"static": True})
+
+    def at(self, index: jax.Array | int) -> View:
+        """Returns the view of batch number `index`."""
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
+
+    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
+        """Returns the images as they are seen."""
+        return self.augment(self.key, images_BHWC)
+
+
+@jax.jit
 def batched_logits(
-    state: TrainState,
-    images_SBHWC: jax.Array,
-    keys_S: jax.Array | None = None,
-    *,
-    augment: Augment | None = None,
+    state: TrainState, images_SBHWC: jax.Array, view: View | None = None
 ) -> jax.Array:
-    """Returns logits [S, B, K] of stacked batches, as `augment` shows them with a key for each."""
+    """Returns logits [S, B, K] of stacked batches, as `view` sees them."""
 
     def logits(batch):
-        images_BHWC, key = batch
-        view = None if augment is None else functools.partial(augment, key)
-        return eval_logits(state, images_BHWC, view=view)
+        index, images_BHWC = batch
+        return eval_logits(state, images_BHWC, view=None if view is None else view.at(index))
 
-    return jax.lax.map(logits, (images_SBHWC, keys_S))
+    return jax.lax.map(logits, (jnp.arange(len(images_SBHWC)), images_SBHWC))
 
 
 def predict(
-    state: TrainState,
-    images_NHWC: np.ndarray | jax.Array,
-    *,
-    augment: Augment | None = None,
-    key: jax.Array | None = None,
+    state: TrainState, images_NHWC: np.ndarray | jax.Array, *, view: View | None = None
 ) -> np.ndarray:
     """Returns logits [N, K], float32, of `images_NHWC`, N >= 1, uint8 or float in [0, 1].
 
     Args:
       state: the state; its arrays stay valid.
       images_NHWC: the images.
-      augment: as in `train_step`, to see one random view of each image; None sees them as they are.
-      key: what `augment` draws by.
+      view: how to see them; None sees them as they are.
     """
     N = len(images_NHWC)
     padded = Examples(np.asarray(images_NHWC), np.zeros(N, np.int32))
-    images_SBHWC = eval_batches(padded, batch_size=min(N, EVAL_BATCH)).images
-    keys_S = batch_keys(key, len(images_SBHWC))
-    logits_SBK = np.asarray(batched_logits(state, images_SBHWC, keys_S, augment=augment))
+    batches = eval_batches(padded, batch_size=min(N, EVAL_BATCH))
+    logits_SBK = np.asarray(batched_logits(state, batches.images, view))
     return logits_SBK.reshape(-1, logits_SBK.shape[-1])[:N]
 
 
-def batch_keys(key: jax.Array | None, count: int) -> jax.Array | None:
-    """Returns a key for each of `count` batches, or None without a key."""
-    return None if key is None else jax.random.split(key, count)
-
-
-def evaluate(
-    state: TrainState,
-    examples: Examples,
-    *,
-    augment: Augment | None = None,
-    key: jax.Array | None = None,
-) -> Evaluation:
+def evaluate(state: TrainState, examples: Examples, *, view: View | None = None) -> Evaluation:
     """Evaluates every example once.
 
     Args:
       state: the state; its arrays stay valid.
       examples: at least one example.
-      augment: as in `train_step`, to see one random view of each image; None sees them as they are.
-      key: what `augment` draws by.
+      view: how to see the images; None sees them as they are.
     """
-    logits_NK = predict(state, examples.images, augment=augment, key=key)
-    return Evaluation(logits_NK, np.asarray(examples.labels))
-
-
-def evaluate_views(
-    state: TrainState, examples: Examples, *, augment: Augment, views: int
-) -> Evaluation:
-    """Evaluates the mean of random views of every image: test-time augmentation.
-
-    The views are the same in every call.
-
-    Args:
-      state: the state; its arrays stay valid.
-      examples: at least one example.
-      augment: as in `train_step`.
-      views: how many, at least 1.
-    """
-    look = functools.partial(evaluate, state, examples, augment=augment)
-    return mixture([look(key=jax.random.key(view)) for view in range(views)])
+    return Evaluation(predict(state, examples.images, view=view), np.asarray(examples.labels))

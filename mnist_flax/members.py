@@ -38,7 +38,7 @@ from mnist_flax.data import (
     epoch_order,
 )
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.evaluate import Evaluation, batch_keys, batched_logits
+from mnist_flax.evaluate import Evaluation, View, batched_logits
 from mnist_flax.fit import (
     FitResult,
     Programs,
@@ -71,7 +71,6 @@ from mnist_flax.recipes import (
     with_fields,
 )
 from mnist_flax.steps import (
-    Augment,
     Purpose,
     TrainState,
     draw_key,
@@ -657,19 +656,14 @@ def restore(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("augment", "mesh"))
+@functools.partial(jax.jit, static_argnames="mesh")
 def _logits(
-    states: TrainState,
-    images_SBHWC: jax.Array,
-    keys_S: jax.Array | None,
-    *,
-    augment: Augment | None,
-    mesh: Mesh,
+    states: TrainState, images_SBHWC: jax.Array, view: View | None, *, mesh: Mesh
 ) -> jax.Array:
-    def of_member(state, batches):
-        return batched_logits(state, *batches, augment=augment)
+    def of_member(state, seen):
+        return batched_logits(state, *seen)
 
-    return for_each_member(of_member, mesh=mesh)(states, (images_SBHWC, keys_S))
+    return for_each_member(of_member, mesh=mesh)(states, (images_SBHWC, view))
 
 
 def evaluate_many(
@@ -677,8 +671,7 @@ def evaluate_many(
     examples: Examples,
     *,
     mesh: Mesh | None = None,
-    augment: Augment | None = None,
-    key: jax.Array | None = None,
+    view: View | None = None,
 ) -> list[Evaluation]:
     """Evaluates every member on every example once.
 
@@ -686,14 +679,12 @@ def evaluate_many(
       states: stacked states, as `MembersResult` holds them.
       examples: at least one example.
       mesh: the devices that hold the states; None takes `member_mesh` of all.
-      augment: as in `evaluate`; all members see the same views.
-      key: what `augment` draws by.
+      view: how all members see the images; None sees them as they are.
     """
     mesh, N = mesh or member_mesh(len(states.step)), examples.num_examples
     images_SBHWC = sharded_batches(examples, mesh=mesh).images
-    keys_S = batch_keys(key, len(images_SBHWC))
     with jax.set_mesh(mesh):
-        logits_MSBK = _logits(states, images_SBHWC, keys_S, augment=augment, mesh=mesh)
+        logits_MSBK = _logits(states, images_SBHWC, view, mesh=mesh)
     logits_MNK = np.asarray(logits_MSBK).reshape(len(states.step), -1, logits_MSBK.shape[-1])
     labels_N = np.asarray(examples.labels)
     return [Evaluation(logits_NK[:N], labels_N) for logits_NK in logits_MNK]

@@ -17,6 +17,7 @@ from flax import nnx
 from mnist_flax.augment import random_affine
 from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import InputError
+from mnist_flax.evaluate import View
 from mnist_flax.model import CNN, CNNConfig
 from mnist_flax.optimizer import OptimizerName, ScheduleName, make_optimizer, make_schedule
 from mnist_flax.steps import Augment, Purpose, TrainState, create_state, draw_key
@@ -323,17 +324,20 @@ def make_augment(recipe: Recipe, *, traced: Traced = NOTHING) -> Augment | None:
     return None if none else functools.partial(random_affine, **ranges)
 
 
-def make_view(recipe: Recipe, *, views: int) -> Augment | None:
-    """Returns the augmentation that draws random views of a test image, or None for 0 views.
+def recipe_views(recipe: Recipe, *, count: int) -> list[View]:
+    """Returns random views of test images by the recipe's augmentation, the same in every call.
 
     Raises:
-      InputError: `views` is negative, or the recipe has no augmentation.
+      InputError: `count` is negative, or the recipe has no augmentation to draw any.
     """
-    if views < 0:
-        raise InputError(f"views is {views}; give at least 0")
-    if views and make_augment(recipe) is None:
-        raise InputError(f"views is {views}, but the recipe has no augmentation; give 0")
-    return make_augment(recipe) if views else None
+    augment = make_augment(recipe)
+    if count < 0:
+        raise InputError(f"views is {count}; give at least 0")
+    if count == 0:
+        return []
+    if augment is None:
+        raise InputError(f"views is {count}, but the recipe has no augmentation; give 0")
+    return [View(jax.random.key(number), augment) for number in range(count)]
 
 
 def step_options(recipe: Recipe, *, traced: Traced = NOTHING) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The loop on real MNIST: determinism, resuming, streaming, stopping, divergence, the lock."""
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ from conftest import MODEL, RECIPE, head
 from mnist_flax import checkpoint
 from mnist_flax.data import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.evaluate import evaluate, evaluate_views, predict
+from mnist_flax.evaluate import evaluate, predict
 from mnist_flax.fit import data_mesh, epochs, fit
 from mnist_flax.model import CNNConfig
 from mnist_flax.optimizer import make_schedule
@@ -23,7 +24,7 @@ from mnist_flax.recipes import (
     PlateauConfig,
     ScheduleConfig,
     StoppingConfig,
-    make_augment,
+    recipe_views,
 )
 from mnist_flax.steps import eval_logits, to_float
 
@@ -190,21 +191,19 @@ def test_evaluation_against_numpy(whole, splits):
     assert math.isclose(evaluation.accuracy, hits.mean())
 
 
-def test_views_are_augmented_images(whole, splits):
-    """Of 700 examples: a batch of 500, and one that is not full."""
+def test_a_view_is_of_augmented_images(whole, splits):
+    """Of 700 examples: a batch of 500, and one that is not full, by a key each."""
     examples = head(splits.test, 700)
     state, images = whole[0].state, np.asarray(to_float(examples.images))
-    augment = make_augment(RECIPE)
-    assert augment is not None
-    means = 0
-    for view in range(2):
-        keys = jax.random.split(jax.random.key(view), 2)
+    views = recipe_views(RECIPE, count=2)
+    answers = []
+    for number, view in enumerate(views):
+        keys = [jax.random.fold_in(jax.random.key(number), batch) for batch in range(2)]
         padded = np.concatenate([images, np.zeros((300, 28, 28, 1), np.float32)])
         parts = zip(keys, np.split(padded, 2), strict=True)
-        seen = np.concatenate([augment(key, part) for key, part in parts])[:700]
-        evaluation = evaluate(state, examples, augment=augment, key=jax.random.key(view))
-        np.testing.assert_allclose(evaluation.logits_NK, predict(state, seen), atol=1e-3)
-        means += evaluation.probabilities_NK / 2
-    views = evaluate_views(state, examples, augment=augment, views=2)
-    np.testing.assert_allclose(views.probabilities_NK, means, rtol=1e-6)
-    assert np.abs(means - evaluate(state, examples).probabilities_NK).max() > 0.1
+        seen = np.concatenate([view.augment(key, part) for key, part in parts])[:700]
+        answers.append(evaluate(state, examples, view=view).logits_NK)
+        np.testing.assert_allclose(answers[-1], predict(state, seen), atol=1e-3)
+    answers.append(evaluate(state, examples).logits_NK)
+    for one, other in itertools.combinations(answers, 2):
+        assert np.abs(one - other).max() > 0.1
