@@ -22,7 +22,7 @@ from scipy import stats
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluate import Evaluation, mixture
-from mnist_flax.recipes import Recipe, recipe_views, to_dict
+from mnist_flax.recipes import Recipe, recipe_views, require_views, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +184,10 @@ def main(arguments):
     recipes = {name: command.recipe}
     if command.versus is not None:
         recipes[f"{command.versus} (other)"] = command_line.named_recipe(command.versus)
+    for recipe in recipes.values():
+        require_views(recipe, count=command.views)
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes.values())
     runtime.configure(cpu_devices=command.devices or cores)
-    for recipe in recipes.values():
-        recipe_views(recipe, count=command.views)  # so an impossible number ends it here
 
     from mnist_flax.figures import plot_seeds, save_figure
     from mnist_flax.workdir import write_json

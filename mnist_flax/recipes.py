@@ -324,19 +324,24 @@ def make_augment(recipe: Recipe, *, traced: Traced = NOTHING) -> Augment | None:
     return None if none else functools.partial(random_affine, **ranges)
 
 
+def require_views(recipe: Recipe, *, count: int) -> None:
+    """Raises InputError unless `recipe_views` can draw so many; starts no JAX backend."""
+    if count < 0:
+        raise InputError(f"views is {count}; give at least 0")
+    if count and make_augment(recipe) is None:
+        raise InputError(f"views is {count}, but the recipe has no augmentation; give 0")
+
+
 def recipe_views(recipe: Recipe, *, count: int) -> list[View]:
     """Returns random views of test images by the recipe's augmentation, the same in every call.
 
     Raises:
       InputError: `count` is negative, or the recipe has no augmentation to draw any.
     """
+    require_views(recipe, count=count)
     augment = make_augment(recipe)
-    if count < 0:
-        raise InputError(f"views is {count}; give at least 0")
-    if count == 0:
-        return []
     if augment is None:
-        raise InputError(f"views is {count}, but the recipe has no augmentation; give 0")
+        return []
     return [View(jax.random.key(number), augment) for number in range(count)]
 
 

@@ -281,6 +281,7 @@ def test_the_reports_filters_are_the_first_kernels_in_pixels(name):
     ],
 )
 def test_views_that_nothing_draws_are_refused_before_any_work(arguments, message, tmp_path):
+    jax.devices()  # the backend has started: whatever sets JAX up now would fail
     with pytest.raises(InputError, match=message):
         seeds.main([*arguments, "--workdir", str(tmp_path / "study")])
     assert not list(tmp_path.iterdir())
