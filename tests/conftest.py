@@ -18,8 +18,8 @@ from mnist_flax.recipes import (
     ScheduleConfig,
 )
 
-# Most of the tests' time is compilation; LLVM's first level saves a sixth of the whole. Tests that
-# compare runs of several processes by their bits clear the variable: they compile as users do.
+# Most of the tests' time is compilation; LLVM's first level saves a sixth of the whole. Tests of
+# what the bits of several devices and processes depend on clear the variable, as users leave it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
