@@ -96,7 +96,8 @@ def main(arguments):
             found[f"{name}, the mean of {len(views)} views"] = mixture(seen)
         for label, evaluation in found.items():
             correct.setdefault(label, []).append(evaluation.correct)
-            print(f"fold {number + 1}: {label} {evaluation.accuracy:.2%}", flush=True)
+            progress = f"fold {number + 1} of {command.folds}"
+            print(f"{progress}: {label} {evaluation.accuracy:.2%}", flush=True)
     means = {label: sum(each) / splits.train.num_examples for label, each in correct.items()}
     for label, mean in means.items():
         print(f"{label}: {mean:.3%} of the {splits.train.num_examples} training images")
