@@ -64,10 +64,10 @@ def blur(images_NHWC: jax.Array, sigma: float) -> jax.Array:
 
 
 def occlude(images_NHWC: jax.Array, side: float) -> jax.Array:
-    """Blackens a square of this side, somewhere within the middle 20 x 20 of a 28 x 28 image."""
+    """Blackens a square of this side, at most 20, within the middle 20 x 20 of a 28 x 28 image."""
     N, H, W, _ = images_NHWC.shape
-    limits = jnp.array([[H - side - 4], [W - side - 4]])
-    corners_2N = jax.random.randint(jax.random.key(SEED), (2, N), 4, jnp.maximum(limits, 5))
+    limits = jnp.array([[H - side - 3], [W - side - 3]])
+    corners_2N = jax.random.randint(jax.random.key(SEED), (2, N), 4, limits)
     top_N1, left_N1 = corners_2N[..., None]
     rows_1H, columns_1W = jnp.arange(H)[None], jnp.arange(W)[None]
     in_rows = (rows_1H >= top_N1) & (rows_1H < top_N1 + side)
