@@ -21,7 +21,6 @@ from mnist_flax.errors import InputError
 
 SIDE, BOX = 28, 20
 MAX_SIDE = 800  # pixels of a picture's longer side; larger ones are scaled down first
-MAX_PIXELS = 200_000_000
 MIN_CONTRAST = 0.12  # of ink against paper, where 1 is black on white
 MIN_STROKE_SIGMAS = 5.0  # of ink against the noise of the paper
 STROKE = 0.13  # width of a stroke as a share of the digit's longer side: MNIST's mean
@@ -60,18 +59,25 @@ def read_picture(path: str | Path) -> np.ndarray:
         pillow_heif.register_heif_opener()
     try:
         with Image.open(path) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise InputError(f"{path} has {picture.width}x{picture.height} pixels: too many")
             picture.draft("L", (2 * MAX_SIDE, 2 * MAX_SIDE))
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+            picture = _eight_bits(ImageOps.exif_transpose(picture)).convert("RGBA")
     except FileNotFoundError:
         raise InputError(f"there is no picture {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
+        raise InputError(f"{path} has too many pixels; scale it down") from None
+    except (OSError, ValueError, SyntaxError):
         raise InputError(f"{path} is not a picture that can be read") from None
     paper = Image.new("RGBA", picture.size, "white")
     grey = Image.alpha_composite(paper, picture).convert("L")
     grey.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)
     return find_ink(np.asarray(grey, np.float32) / 255)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Scales 16-bit grey to 8 bits; `convert` would take all but the darkest 255 for white."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray(np.clip(np.asarray(picture) / 257, 0, 255).astype(np.uint8))
 
 
 def find_ink(grey_HW: np.ndarray) -> np.ndarray:
@@ -117,6 +123,8 @@ def find_digits(ink_HW: np.ndarray) -> list[Digit]:
     Raises:
       NoDigitError: there is none.
     """
+    if not ink_HW.any():
+        raise NoDigitError("the picture is blank: there is no ink on it")
     mask_HW = ink_HW > _otsu(ink_HW)
     labelled: Any = ndimage.label(mask_HW, np.ones((3, 3)))
     labels_HW, count = labelled

@@ -75,7 +75,9 @@ def test_photographs(state, sample, tmp_path):
     assert accuracy(state, pictures, labels[:60], tmp_path, "jpg") >= 0.9
 
 
-@pytest.mark.parametrize("how", ["negative", "transparent", "turned", "small", "webp", "corner"])
+@pytest.mark.parametrize(
+    "how", ["negative", "transparent", "deep", "turned", "small", "webp", "corner"]
+)
 def test_the_same_digit_however_it_is_stored(how, state, sample, tmp_path):
     images, labels = sample
     pictures = [render(image) for image in images[:25]]
@@ -87,6 +89,8 @@ def test_the_same_digit_however_it_is_stored(how, state, sample, tmp_path):
         pictures = [Image.new("RGBA", ink.size, (40, 20, 90, 0)) for ink in inks]
         for picture, ink in zip(pictures, inks, strict=True):
             picture.putalpha(ink)
+    elif how == "deep":
+        pictures = [Image.fromarray(np.asarray(p, np.uint16) * 257) for p in pictures]
     elif how == "turned":
         found = []
         for index, picture in enumerate(pictures):
@@ -182,9 +186,17 @@ def test_what_holds_no_digit_gets_no_answer(draw, tmp_path):
         read(draw(), tmp_path / "none.png")
 
 
+def test_no_ink_is_no_digit():
+    with pytest.raises(digits.NoDigitError, match="blank"):
+        digits.find_digits(np.zeros((50, 50), np.float32))
+
+
 def test_what_is_no_picture_is_one_clear_line(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(InputError, match="not a picture"):
         digits.read_picture(tmp_path / "text.png")
+    Image.new("1", (20_000, 9_000)).save(tmp_path / "huge.png")
+    with pytest.raises(InputError, match="too many pixels"):
+        digits.read_picture(tmp_path / "huge.png")
     with pytest.raises(InputError, match="there is no picture"):
         digits.read_picture(tmp_path / "absent.png")
