@@ -93,7 +93,7 @@ def conv(
     unit = all(set(n or (1,)) == {1} for n in (window_strides, lhs_dilation, rhs_dilation))
     single = feature_group_count == batch_group_count == 1
     same_type = lhs.dtype == rhs.dtype and preferred_element_type in (None, lhs.dtype)
-    known = lhs.dtype == jnp.bfloat16 or jnp.finfo(lhs.dtype).bits >= 32
+    known = lhs.dtype in (jnp.bfloat16, jnp.float32, jnp.float64)
     if not (
         _on_cpu()
         and lhs.ndim == 4

@@ -178,6 +178,13 @@ def test_conv_hands_other_convolutions_to_lax(kwargs):
     close(value_and_vjp(fast, x, w), value_and_vjp(plain, x, w))
 
 
+def test_conv_hands_whole_numbers_to_lax():
+    x, w = (jnp.arange(n).reshape(shape) for n, shape in ((48, (1, 4, 4, 3)), (54, (3, 3, 3, 2))))
+    np.testing.assert_array_equal(
+        ops.conv(x, w, (1, 1), "SAME", dimension_numbers=ops.NHWC), lax_conv(x, w, "SAME")
+    )
+
+
 def test_conv_reads_other_dimension_orders_as_lax_does():
     x, w = normal(3, 4, 8, 7), normal(6, 4, 3, 3)
     expected = value_and_vjp(lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME"), x, w)
