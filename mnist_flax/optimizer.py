@@ -37,19 +37,20 @@ def make_schedule(
       warmup: the rise's fraction of the run, in [0, 1), for "one_cycle" and "cosine".
     """
     total = epochs * steps_per_epoch
+    rising = min(round(warmup * total), total - 1)  # the fall takes a step at least
     match name:
         case "constant":
             return optax.constant_schedule(peak)
         case "exponential":
             return optax.exponential_decay(peak, steps_per_epoch, decay, staircase=True)
         case "one_cycle":
-            fall = optax.linear_schedule(peak, 0.0, total - round(warmup * total))
+            fall = optax.linear_schedule(peak, 0.0, total - rising)
         case "cosine":
-            fall = optax.cosine_decay_schedule(peak, total - round(warmup * total))
+            fall = optax.cosine_decay_schedule(peak, total - rising)
         case _:
             raise ValueError(f"unknown schedule {name!r}")
-    rise = optax.linear_schedule(START_FRACTION * peak, peak, round(warmup * total))
-    return optax.join_schedules([rise, fall], [round(warmup * total)])
+    rise = optax.linear_schedule(START_FRACTION * peak, peak, rising)
+    return optax.join_schedules([rise, fall], [rising])
 
 
 def decayed(params: optax.Params) -> optax.Params:

@@ -30,6 +30,13 @@ def test_schedules_by_hand(name, options, expected):
         np.testing.assert_allclose(schedule(step), value, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["one_cycle", "cosine"])
+def test_a_run_of_few_steps_has_its_fall_too(name):
+    """Rounded, the rise would take both steps."""
+    schedule = make_schedule(name, peak=0.4, steps_per_epoch=2, epochs=1, warmup=0.9)
+    np.testing.assert_allclose([schedule(step) for step in range(3)], [0.04, 0.4, 0.0], atol=1e-8)
+
+
 def test_sgd_by_hand():
     """Two steps of Nesterov momentum with decoupled decay, on gradient 1 at rate 0.1."""
     optimizer = make_optimizer(
