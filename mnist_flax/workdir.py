@@ -65,10 +65,10 @@ def claim(workdir: Path, *, resume: bool) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(workdir / LOCK_FILE)
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except filelock.Timeout:
         raise InputError(f"another process is using {workdir}; wait for it, or stop it") from None
-    with lock:
+    with held:
         yield
 
 
