@@ -149,10 +149,11 @@ def final_arrays(workdir: Path, data_dir: Path | None) -> dict[int, Any]:
     splits = load_splits(recipe.dataset, val_size=recipe.val_size, seed=0, data_dir=data_dir)
     steps = len(splits.train.labels) // recipe.batch_size
     like = fresh_progress(recipe, splits.info, steps=steps, mesh=data_mesh(1))
+    run = checkpoint.identity(recipe, splits.info)
     arrays = {}
     with checkpoint.open_checkpoints(workdir) as manager:
         for step in manager.all_steps():
-            kept = checkpoint.restore(manager, recipe, like, step=step).state
+            kept = checkpoint.restore(manager, run, like, step=step).state
             kept = dataclasses.replace(kept, key=jax.random.key_data(kept.key))
             arrays[step] = [np.asarray(leaf) for leaf in jax.tree.leaves(kept)]
     return arrays

@@ -61,7 +61,9 @@ def main(arguments):
     name, rest = command_line.split_recipe(arguments)
     default = Command(command_line.named_recipe(name))
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
-    if command.resume and command.workdir is not None:
+    if command.resume:
+        if command.workdir is None:
+            raise InputError("resume needs the run's directory; give --workdir")
         default = Command(command_line.recipe_of_run(command.workdir))
         command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
     start(command)
@@ -104,6 +106,17 @@ def choose_mesh(command: Command):
     return data_mesh()
 
 
+def resume_command(command: Command, workdir: Path) -> str:
+    """Returns the command line that continues the run, on the same data and devices."""
+    words = ["python", sys.argv[0], "--resume", "--workdir", str(workdir)]
+    for option in ("data_dir", "archives", "devices"):
+        if (value := getattr(command, option)) is not None:
+            words += [f"--{option.replace('_', '-')}", str(value)]
+    for option in ("stream", "distributed"):
+        words += [f"--{option}"] if getattr(command, option) else []
+    return shlex.join(words)
+
+
 def train(command: Command, name: str, began: float) -> int:
     """Trains, evaluates on the test split once, writes the results."""
     from mnist_flax.data import load_splits
@@ -139,9 +152,7 @@ def train(command: Command, name: str, began: float) -> int:
             interrupted=interrupts,
         )
     except Interrupted as stop:
-        words = ["python", sys.argv[0], "--resume", "--workdir", str(workdir)]
-        words += ["--distributed"] if command.distributed else []
-        print(f"{stop}; continue with: {shlex.join(words)}", file=sys.stderr)
+        print(f"{stop}; continue with: {resume_command(command, workdir)}", file=sys.stderr)
         return interrupts.exit_status
     test_began = time.perf_counter()
     test = evaluate(result.state, splits.test)

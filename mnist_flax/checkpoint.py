@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import CheckpointError, InputError
 from mnist_flax.metrics import Metrics
 from mnist_flax.recipes import Recipe, differences, to_dict
@@ -26,7 +27,7 @@ from mnist_flax.stopping import EarlyStopping
 
 CHECKPOINT_DIR = "checkpoints"
 ITEM = "progress"
-# One to continue from, and one more for when that is damaged.
+# One to continue from, and one more for when that is damaged; and the best that each names.
 KEEP_LATEST = 2
 
 T = TypeVar("T")
@@ -58,13 +59,19 @@ class Progress:
 
 
 class _LatestAndBest:
-    """Orbax preservation policy: the newest checkpoints and the one that the newest calls best."""
+    """Orbax preservation policy: the newest checkpoints and those that they call the best.
+
+    What an earlier process called the best is not known: while its checkpoints are among the
+    newest, nothing is deleted.
+    """
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
-        best = (checkpoints[-1].metrics or {}).get("best_step") if checkpoints else None
-        first_kept = len(checkpoints) - KEEP_LATEST
-        return [index >= first_kept or c.step == best for index, c in enumerate(checkpoints)]
+        latest = checkpoints[-KEEP_LATEST:]
+        if any(c.metrics is None for c in latest):
+            return [True] * len(checkpoints)
+        kept = {c.step for c in latest} | {c.metrics["best_step"] for c in latest}
+        return [c.step in kept for c in checkpoints]
 
 
 @contextlib.contextmanager
@@ -101,8 +108,15 @@ def wait(manager: ocp.CheckpointManager) -> None:
         manager.wait_until_finished()
 
 
-def save(manager: ocp.CheckpointManager, recipe: Recipe, progress: Progress) -> None:
+def identity(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
+    """Returns what a run trains, and on what, as JSON values: only the same may continue it."""
+    return to_dict(recipe) | {"fingerprint": info.fingerprint}
+
+
+def save(manager: ocp.CheckpointManager, run: dict[str, Any], progress: Progress) -> None:
     """Saves a run's progress under the state's step; returns once the arrays are copied.
+
+    `run` is the run's `identity`.
 
     Raises:
       CheckpointError: it, or the checkpoint before it, could not be written.
@@ -110,7 +124,7 @@ def save(manager: ocp.CheckpointManager, recipe: Recipe, progress: Progress) -> 
     record = {"stopping": dataclasses.asdict(progress.stopping), "history": progress.history}
     write(
         manager,
-        to_dict(recipe),
+        run,
         step=int(progress.state.step),
         arrays=_arrays(progress),
         record=record,
@@ -120,7 +134,7 @@ def save(manager: ocp.CheckpointManager, recipe: Recipe, progress: Progress) -> 
 
 def write(
     manager: ocp.CheckpointManager,
-    recipe: dict[str, Any],
+    run: dict[str, Any],
     *,
     step: int,
     arrays: Any,
@@ -131,7 +145,7 @@ def write(
 
     Args:
       manager: where it goes.
-      recipe: what is being trained, as JSON values: only the same may continue.
+      run: what is being trained, and on what, as JSON values: only the same may continue.
       step: the steps taken.
       arrays: a pytree of arrays, none of them keys.
       record: whatever else belongs to it, as JSON values.
@@ -140,8 +154,8 @@ def write(
     Raises:
       CheckpointError: it, or the one before it, could not be written.
     """
-    run = json.dumps({"recipe": recipe, **record})
-    item = {"arrays": arrays, "run": run, "digest": _digest(arrays, run)}
+    text = json.dumps({"recipe": run, **record})
+    item = {"arrays": arrays, "run": text, "digest": _digest(arrays, text)}
     with _one_error(manager):
         args = ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(item)})
         manager.save(step, args=args, metrics={"best_step": best_step})
@@ -178,7 +192,7 @@ def newest_sound(
       What `restore` returned; None where no checkpoint is left.
 
     Raises:
-      InputError: the checkpoint belongs to another recipe.
+      InputError: the checkpoint belongs to another run.
       CheckpointError: the newest is damaged, and `strict` is set.
     """
     for step in sorted(manager.all_steps(), reverse=True):
@@ -193,19 +207,19 @@ def newest_sound(
 
 
 def restore_with_best(
-    manager: ocp.CheckpointManager, recipe: Recipe, like: Progress, *, step: int
+    manager: ocp.CheckpointManager, run: dict[str, Any], like: Progress, *, step: int
 ) -> Progress:
     """Restores the checkpoint of a step, if the best one that it names is whole too.
 
     Arguments and errors are as in `restore`.
     """
-    progress = restore(manager, recipe, like, step=step)
-    restore_best(manager, recipe, like, progress)
+    progress = restore(manager, run, like, step=step)
+    restore_best(manager, run, like, progress)
     return progress
 
 
 def restore_best(
-    manager: ocp.CheckpointManager, recipe: Recipe, like: Progress, progress: Progress
+    manager: ocp.CheckpointManager, run: dict[str, Any], like: Progress, progress: Progress
 ) -> Progress:
     """Returns the progress at the end of the best epoch that `progress` names.
 
@@ -214,25 +228,25 @@ def restore_best(
     if progress.best_step in (None, int(progress.state.step)):
         return progress
     wait(manager)
-    return restore(manager, recipe, like, step=progress.best_step)
+    return restore(manager, run, like, step=progress.best_step)
 
 
 def restore(
-    manager: ocp.CheckpointManager, recipe: Recipe, like: Progress, *, step: int
+    manager: ocp.CheckpointManager, run: dict[str, Any], like: Progress, *, step: int
 ) -> Progress:
     """Restores a run's progress.
 
     Args:
       manager: the run's checkpoints.
-      recipe: the recipe that is about to continue; it must be the checkpoint's own.
-      like: a fresh run of that recipe, whose shapes, shardings and static parts are taken.
+      run: the `identity` of the run that is about to continue; it must be the checkpoint's own.
+      like: a fresh run of the same recipe, whose shapes, shardings and static parts are taken.
       step: the step to restore.
 
     Raises:
-      InputError: the checkpoint belongs to another recipe.
+      InputError: the checkpoint belongs to another run.
       CheckpointError: it is not there, or not what was saved.
     """
-    arrays, record = read(manager, to_dict(recipe), step=step, like=_arrays(like))
+    arrays, record = read(manager, run, step=step, like=_arrays(like))
     return Progress(
         state=with_arrays(like.state, arrays["state"]),
         metrics=arrays["metrics"],
@@ -242,13 +256,13 @@ def restore(
 
 
 def read(
-    manager: ocp.CheckpointManager, recipe: dict[str, Any], *, step: int, like: Any
+    manager: ocp.CheckpointManager, run: dict[str, Any], *, step: int, like: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Reads what `write` wrote.
 
     Args:
       manager: where it is.
-      recipe: as in `write`.
+      run: as in `write`.
       step: as in `write`.
       like: arrays whose tree, shapes and shardings are taken.
 
@@ -256,27 +270,28 @@ def read(
       The arrays and the record.
 
     Raises:
-      InputError: the checkpoint belongs to another recipe.
+      InputError: the checkpoint belongs to another run.
       CheckpointError: it is not there, or not what was saved.
     """
     where = f"the checkpoint of step {step} in {manager.directory}"
-    run = _restore(manager, step, {"run": "", "digest": ""}, where)
+    saved = _restore(manager, step, {"run": "", "digest": ""}, where)
     try:
-        contents = json.loads(run["run"])
-        lines = differences(contents["recipe"], recipe)
+        record = json.loads(saved["run"])
+        # The first checkpoints held no fingerprint.
+        lines = differences({"fingerprint": run["fingerprint"]} | record["recipe"], run)
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{where} is damaged: its record cannot be read") from None
     if lines:
-        raise InputError(f"{where} belongs to another recipe ({'; '.join(lines)})")
+        raise InputError(f"{where} has another recipe or dataset ({'; '.join(lines)})")
     arrays = _restore(manager, step, {"arrays": like}, where)["arrays"]
-    if _digest(arrays, run["run"]) != run["digest"]:
+    if _digest(arrays, saved["run"]) != saved["digest"]:
         raise CheckpointError(f"{where} is damaged: its digest is not that of its contents")
-    return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), arrays, like), contents
+    return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), arrays, like), record
 
 
-def _digest(arrays: Any, run: str) -> str:
+def _digest(arrays: Any, record: str) -> str:
     """Returns the SHA-256 of a checkpoint's arrays and record."""
-    sha = hashlib.sha256(run.encode())
+    sha = hashlib.sha256(record.encode())
     for array in jax.tree.leaves(arrays):
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()

@@ -78,6 +78,8 @@ def parse(kind: type[T], arguments: Sequence[str], *, default: T, description: s
     Raises:
       InputError: an option is unknown, or its value unreadable or impossible.
     """
+    if hasattr(default, "recipe"):
+        description += f"\n\n--recipe NAME, of {', '.join(RECIPES)}, sets the recipe's fields."
     printed, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):

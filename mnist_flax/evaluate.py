@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,9 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mnist_flax.data import EVAL_BATCH, Examples, eval_batches
-from mnist_flax.steps import Augment, TrainState, eval_logits
+from mnist_flax.data import EVAL_BATCH, Examples
+from mnist_flax.fit import mesh_of, sharded_batches
+from mnist_flax.steps import TrainState, View, eval_logits, without_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,29 +191,6 @@ def risk_coverage(evaluation: Evaluation) -> RiskCoverage:
     return RiskCoverage(answered / evaluation.total, errors / answered, error_free)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class View:
-    """A random view of images, for test-time augmentation. A pytree.
-
-    Attributes:
-      key: what `augment` draws by.
-      augment: as in `train_step`, `augment(key, images_BHWC) -> images_BHWC` (static).
-    """
-
-    key: jax.Array
-    augment: Augment = dataclasses.field(metadata={"static": True})
-
-    def at(self, index: jax.Array | int) -> View:
-        """Returns the view of batch number `index`."""
-        return dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
-
-    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
-        """Returns the images as they are seen."""
-        return self.augment(self.key, images_BHWC)
-
-
-@jax.jit
 def batched_logits(
     state: TrainState, images_SBHWC: jax.Array, view: View | None = None
 ) -> jax.Array:
@@ -223,21 +203,34 @@ def batched_logits(
     return jax.lax.map(logits, (jnp.arange(len(images_SBHWC)), images_SBHWC))
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
+def _whole_logits(
+    state: TrainState, images_SBHWC: jax.Array, view: View | None, *, mesh: Mesh
+) -> jax.Array:
+    """Returns `batched_logits`, all of them on each of the mesh's devices."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    logits_SBK = batched_logits(state, images_SBHWC, view)
+    return jax.lax.with_sharding_constraint(logits_SBK, everywhere)
+
+
 def predict(
     state: TrainState, images_NHWC: np.ndarray | jax.Array, *, view: View | None = None
 ) -> np.ndarray:
     """Returns logits [N, K], float32, of `images_NHWC`, N >= 1, uint8 or float in [0, 1].
+
+    The devices that hold the state share the images.
 
     Args:
       state: the state; its arrays stay valid.
       images_NHWC: the images.
       view: how to see them; None sees them as they are.
     """
-    N = len(images_NHWC)
+    N, mesh = len(images_NHWC), mesh_of(state)
     padded = Examples(np.asarray(images_NHWC), np.zeros(N, np.int32))
-    batches = eval_batches(padded, batch_size=min(N, EVAL_BATCH))
-    logits_SBK = np.asarray(batched_logits(state, batches.images, view))
-    return logits_SBK.reshape(-1, logits_SBK.shape[-1])[:N]
+    images_SBHWC = sharded_batches(padded, mesh=mesh, batch_size=min(N, EVAL_BATCH)).images
+    with jax.set_mesh(mesh):
+        logits_SBK = _whole_logits(without_optimizer(state), images_SBHWC, view, mesh=mesh)
+    return np.asarray(logits_SBK).reshape(-1, logits_SBK.shape[-1])[:N]
 
 
 def evaluate(state: TrainState, examples: Examples, *, view: View | None = None) -> Evaluation:

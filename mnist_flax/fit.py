@@ -38,6 +38,7 @@ from mnist_flax.ops import BATCH_AXIS
 from mnist_flax.recipes import (
     Recipe,
     differences,
+    recipe_optimizer,
     recipe_schedule,
     recipe_state,
     step_options,
@@ -138,6 +139,14 @@ def first_devices(devices: int | None) -> np.ndarray:
     return np.array(present[:devices])
 
 
+def mesh_of(state: TrainState) -> Mesh:
+    """Returns a mesh of the devices that hold a state, with one axis, "data"."""
+    sharding = state.step.sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    devices = mesh.devices.ravel() if isinstance(mesh, Mesh) else list(sharding.device_set)
+    return Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
+
+
 def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh) -> None:
     """Checks that the recipe can train on the splits.
 
@@ -159,7 +168,8 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh) -> None:
             f"val_size is {recipe.val_size}, but the splits hold {len(splits.val.labels)} "
             "validation examples; load them with the recipe's val_size"
         )
-    jax.eval_shape(lambda: recipe_state(recipe, splits.info, steps_per_epoch=1))
+    steps = splits.train.num_examples // recipe.batch_size
+    jax.eval_shape(lambda: recipe_state(recipe, splits.info, steps_per_epoch=steps))
 
 
 def initial_state(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> TrainState:
@@ -167,6 +177,21 @@ def initial_state(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) 
     create = functools.partial(recipe_state, recipe, info, steps_per_epoch=steps)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(create, out_shardings=everywhere, compiler_options=light_compilation())()
+
+
+def continued(
+    start: TrainState, optimizer: optax.GradientTransformation, *, mesh: Mesh
+) -> TrainState:
+    """Returns the state `start` on all of the mesh's devices, to go on with `optimizer`.
+
+    Raises:
+      InputError: it was trained by another kind of optimizer.
+    """
+    own = jax.eval_shape(optimizer.init, start.params)
+    if jax.tree.structure(own) != jax.tree.structure(start.opt_state):
+        raise InputError("the state to start from was trained by another kind of optimizer")
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.device_put(dataclasses.replace(start, optimizer=optimizer), everywhere)
 
 
 def light_compilation() -> dict[str, int] | None:
@@ -416,14 +441,15 @@ def epochs(
       recipe: what to train, and how.
       splits: the data; where `splits.train` is `Records` they are streamed, to the same bits. The
         test split is not touched.
-      start: the state to continue from, at an epoch's start or within it; None begins anew.
+      start: the state to continue from, at an epoch's start or within it, with the recipe's
+        optimizer and schedule instead of its own; None begins anew.
       start_metrics: the metrics so far of the epoch that `start` is in; None at its start.
       mesh: the devices, with an axis "data" over which batches are shared; None takes all.
       progress: whether to draw a progress bar.
       interrupted: asked now and then; once it returns True, in any process, training stops.
 
     Raises:
-      InputError: the recipe cannot train on these splits or devices.
+      InputError: the recipe cannot train on these splits or devices, or continue from `start`.
       DivergedError: a loss or a parameter is not finite.
       Interrupted: `interrupted()` became true within an epoch.
     """
@@ -432,9 +458,10 @@ def epochs(
     steps = splits.train.num_examples // recipe.batch_size
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_batch = NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS))
-    state = start
-    if state is None:
+    if start is None:
         state = initial_state(recipe, splits.info, steps=steps, mesh=mesh)
+    else:
+        state = continued(start, recipe_optimizer(recipe, steps_per_epoch=steps), mesh=mesh)
     zero = zero_metrics(mesh)
     metrics = zero if start_metrics is None else start_metrics
     val_batches = None
@@ -471,7 +498,7 @@ def epochs(
         began = time.perf_counter()
         with epoch_bar(recipe, epoch=epoch, steps=steps, done=done, shown=progress) as bar:
             rate = float(schedule((epoch * steps) - 1) * state.plateau.scale)
-            bar.set_description(f"epoch {epoch}/{recipe.epochs} lr {rate:.2g}")
+            bar.set_description(f"epoch {epoch}/{recipe.epochs} final lr {rate:.2g}")
             state, metrics = train_epoch(
                 programs,
                 state,
@@ -519,10 +546,10 @@ def place(examples: Examples, sharding: NamedSharding) -> Examples:
     )
 
 
-def sharded_batches(examples: Examples, *, mesh: Mesh) -> Examples:
-    """Returns a split as `eval_batches` on the devices, which share each batch."""
+def sharded_batches(examples: Examples, *, mesh: Mesh, batch_size: int = EVAL_BATCH) -> Examples:
+    """Returns a split as `eval_batches` of this size or a little more, shared by the devices."""
     sharing = mesh.shape[BATCH_AXIS]
-    batches = eval_batches(examples, batch_size=-(-EVAL_BATCH // sharing) * sharing)
+    batches = eval_batches(examples, batch_size=-(-batch_size // sharing) * sharing)
     return place(batches, NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS)))
 
 
@@ -558,8 +585,8 @@ def fit(
       splits: the data; the test split is not touched.
       workdir: where checkpoints, metrics.jsonl and TensorBoard events go; None keeps nothing.
         Several processes need one that all of them can read; process 0 writes the logs.
-      resume: continue the run in `workdir` instead of starting one, from the newest checkpoint
-        that is not damaged.
+      resume: continue the run in `workdir`, of the same recipe and dataset, instead of starting
+        one, from the newest checkpoint that is not damaged.
       strict: refuse to resume where the newest checkpoint is damaged.
       mesh: as in `epochs`.
       progress: whether to draw progress bars.
@@ -568,12 +595,13 @@ def fit(
 
     Raises:
       InputError: the recipe cannot train on these splits or devices; `workdir` holds a run and
-        `resume` is not set, or holds none, or another recipe's, and it is; nothing was written.
+        `resume` is not set, or holds none, or another, and it is; nothing was written.
       DivergedError: a loss or a parameter is not finite; the last checkpoint stays.
       CheckpointError: a checkpoint cannot be written, or is damaged and `strict` is set.
       Interrupted: `interrupted()` became true.
     """
     if workdir is None:
+        require_workdir(resume=resume, strict=strict)
         if jax.process_count() > 1:
             raise InputError("workdir is None; several processes need one that all can read")
         with tempfile.TemporaryDirectory() as temporary:
@@ -599,12 +627,13 @@ def fit(
             check_shared(workdir)
         steps = splits.train.num_examples // recipe.batch_size
         fresh = fresh_progress(recipe, splits.info, steps=steps, mesh=mesh)
+        run = checkpoint.identity(recipe, splits.info)
         manager = held.enter_context(checkpoint.open_checkpoints(workdir))
         now = fresh
         if resume:
 
             def restore(step: int) -> Progress:
-                return checkpoint.restore_with_best(manager, recipe, fresh, step=step)
+                return checkpoint.restore_with_best(manager, run, fresh, step=step)
 
             now = checkpoint.newest_sound(manager, restore, strict=strict) or fresh
         if first:
@@ -623,19 +652,16 @@ def fit(
                 while not now.stopping.should_stop and (result := next(results, None)):
                     now = after_epoch(now, result, zero=fresh.metrics)
                     log.write(result.row())
-                    checkpoint.save(manager, recipe, now)
+                    checkpoint.save(manager, run, now)
                     (stop,) = hosts.agree(interrupted())
                     if stop and result.epoch < recipe.epochs:
                         raise Interrupted(now.state, now.metrics)
             except Interrupted as end:
                 if int(end.state.step) > int(now.state.step):
                     now = dataclasses.replace(now, state=end.state, metrics=end.metrics)
-                    checkpoint.save(manager, recipe, now)
+                    checkpoint.save(manager, run, now)
                 raise
-            except DivergedError as error:
-                kept = manager.latest_step()
-                raise DivergedError(f"{error}; the checkpoint of step {kept} is kept") from error
-        best = checkpoint.restore_best(manager, recipe, fresh, now)
+        best = checkpoint.restore_best(manager, run, fresh, now)
     return FitResult(
         state=best.state,
         history=now.history,
@@ -655,6 +681,16 @@ def after_epoch(progress: Progress, result: EpochResult, *, zero: Metrics) -> Pr
         stopping=stopping,
         history=(*progress.history, result.row()),
     )
+
+
+def require_workdir(*, resume: bool, strict: bool) -> None:
+    """Checks the options of a run without a directory.
+
+    Raises:
+      InputError: one of them needs a directory.
+    """
+    if resume or strict:
+        raise InputError("resume and strict need the workdir of the run to continue; give one")
 
 
 def check_shared(workdir: Path) -> None:

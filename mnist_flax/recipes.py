@@ -17,10 +17,9 @@ from flax import nnx
 from mnist_flax.augment import random_affine
 from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import InputError
-from mnist_flax.evaluate import View
 from mnist_flax.model import CNN, CNNConfig
 from mnist_flax.optimizer import OptimizerName, ScheduleName, make_optimizer, make_schedule
-from mnist_flax.steps import Augment, Purpose, TrainState, create_state, draw_key
+from mnist_flax.steps import Augment, Purpose, TrainState, View, create_state, draw_key
 
 # What each schedule and optimizer reads beside the fields that all of them read.
 SCHEDULE_FIELDS = {"constant": (), "exponential": ("decay",), "one_cycle": ("warmup",)}
@@ -319,9 +318,16 @@ NOTHING: Traced = types.MappingProxyType({})
 def make_augment(recipe: Recipe, *, traced: Traced = NOTHING) -> Augment | None:
     """Returns `augment(key, images_BHWC)` for `train_step`, or None where every range is 0."""
     own = dataclasses.asdict(recipe.augment)
-    ranges = {name: traced.get(f"augment.{name}", value) for name, value in own.items()}
-    none = all(isinstance(value, float | int) and value == 0 for value in ranges.values())
-    return None if none else functools.partial(random_affine, **ranges)
+    varied = {name: traced[f"augment.{name}"] for name in own if f"augment.{name}" in traced}
+    if varied:
+        return functools.partial(random_affine, **own | varied)
+    return _affine(recipe.augment) if any(own.values()) else None
+
+
+@functools.cache
+def _affine(config: AffineConfig) -> Augment:
+    """Returns one function for one configuration: `jax.jit` compiles anew for another object."""
+    return functools.partial(random_affine, **dataclasses.asdict(config))
 
 
 def require_views(recipe: Recipe, *, count: int) -> None:
@@ -342,7 +348,8 @@ def recipe_views(recipe: Recipe, *, count: int) -> list[View]:
     augment = make_augment(recipe)
     if augment is None:
         return []
-    return [View(jax.random.key(number), augment) for number in range(count)]
+    key = jax.random.key(0)
+    return [View(draw_key(key, Purpose.VIEW, number), augment) for number in range(count)]
 
 
 def step_options(recipe: Recipe, *, traced: Traced = NOTHING) -> dict[str, Any]:

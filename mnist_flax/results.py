@@ -173,10 +173,11 @@ def load_run(workdir: Path) -> Run:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error!r}") from None
     like = fresh_progress(recipe, info, steps=1, mesh=data_mesh(1))
+    own = checkpoint.identity(recipe, info)
     with checkpoint.open_checkpoints(workdir) as manager:
         step = manager.latest_step()
         if step is None:
             raise InputError(f"there is no checkpoint in {workdir}")
-        progress = checkpoint.restore(manager, recipe, like, step=step)
-        progress = checkpoint.restore_best(manager, recipe, like, progress)
+        progress = checkpoint.restore(manager, own, like, step=step)
+        progress = checkpoint.restore_best(manager, own, like, progress)
     return Run(workdir, recipe, info, progress.state, result)

@@ -30,6 +30,7 @@ class Purpose(enum.IntEnum):
     ORDER = 1
     AUGMENT = 2
     DROPOUT = 3
+    VIEW = 4
 
 
 def draw_key(key: jax.Array, purpose: Purpose, index: jax.Array | int) -> jax.Array:
@@ -85,6 +86,17 @@ def create_state(
         graphdef=graphdef,
         optimizer=optimizer,
     )
+
+
+_NO_OPTIMIZER = optax.identity()
+
+
+def without_optimizer(state: TrainState) -> TrainState:
+    """Returns the state without its optimizer, which `jax.jit` would compile anew for.
+
+    Optimizers are functions, and no two of them are equal.
+    """
+    return dataclasses.replace(state, opt_state=optax.EmptyState(), optimizer=_NO_OPTIMIZER)
 
 
 def to_model(state: TrainState) -> Any:
@@ -157,6 +169,28 @@ def train_step(
     return new_state, Metrics.of_batch(
         losses_B=losses_B, logits_BK=logits_BK, labels_B=batch.labels
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A random view of images, for test-time augmentation. A pytree.
+
+    Attributes:
+      key: what `augment` draws by.
+      augment: as in `train_step`, `augment(key, images_BHWC) -> images_BHWC` (static).
+    """
+
+    key: jax.Array
+    augment: Augment = dataclasses.field(metadata={"static": True})
+
+    def at(self, index: jax.Array | int) -> View:
+        """Returns the view of batch number `index`."""
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
+
+    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
+        """Returns the images as they are seen."""
+        return self.augment(self.key, images_BHWC)
 
 
 def eval_logits(

@@ -16,6 +16,7 @@ import numpy as np
 from pathlib import Path
 from mnist_flax.data import Examples, load_splits
 from mnist_flax.errors import Interrupted
+from mnist_flax.evaluate import evaluate
 from mnist_flax.fit import data_mesh, epochs, fit
 from mnist_flax.model import CNNConfig
 from mnist_flax.recipes import RECIPES, AffineConfig, OptimizerConfig, make_augment
@@ -49,6 +50,13 @@ def assert_as_on_one(state, *, devices):
     )
 
 assert_as_on_one(runs[8][-1].state, devices=8)
+
+# A state of one device goes on on eight, which share the images of an evaluation.
+start = next(epochs(plain, splits, mesh=data_mesh(1))).state
+assert_as_on_one(list(epochs(plain, splits, start=start, mesh=data_mesh(8)))[-1].state, devices=8)
+test = Examples(splits.test.images[:999], splits.test.labels[:999])
+logits = [evaluate(run[-1].state, test).logits_NK for run in runs.values()]
+np.testing.assert_allclose(*logits, rtol=0, atol=1e-3)
 
 # Augmentation is the same bits on its own. Within a step its last bit may differ, and where a
 # background of exact zeros meets a ReLU a last bit turns a gradient on: the losses stay close.
@@ -102,7 +110,7 @@ vary = {"label_smoothing": [0.0, 0.0, 0.1, 0.1]}
 options = dict(seeds=range(4), vary=vary, progress=False)
 runs = {n: fit_many(plain, splits, mesh=meshes[n], **options) for n in (1, 8)}
 test = Examples(splits.test.images[:2000], splits.test.labels[:2000])
-on_one = evaluate_many(runs[1].states, test, mesh=meshes[1])
+on_one = evaluate_many(runs[1].states, test)
 
 def assert_as_on_one(states, *, devices):
     assert len(states.step.sharding.device_set) == devices
@@ -111,7 +119,7 @@ def assert_as_on_one(states, *, devices):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5),
         host(runs[1].states), host(states),
     )
-    tests = evaluate_many(states, test, mesh=meshes[devices])
+    tests = evaluate_many(states, test)
     for one, other in zip(on_one, tests, strict=True):
         np.testing.assert_allclose(one.logits_NK, other.logits_NK, rtol=0, atol=2e-3)
 

@@ -158,7 +158,9 @@ def test_each_process_reads_only_its_shard_of_the_stream(streamed):
     _, read = streamed
     assert [indices.shape for indices in read] == [(300, 25)] * 2
     both_SB = np.concatenate(read, axis=1)
-    for epoch_SB in both_SB.reshape(3, 100, 50):
+    epochs = both_SB.reshape(3, 100, 50)
+    assert not np.array_equal(epochs[0], epochs[1])
+    for epoch_SB in epochs:
         assert np.array_equal(np.sort(epoch_SB, axis=None), np.arange(5000))
 
 
@@ -193,7 +195,8 @@ def test_a_lost_process_ends_the_job_and_resuming_ends_with_the_same_bits(job, a
     lines = [error.splitlines()[-1] for error in errors]
     assert lines[0] == lines[1]
     words = shlex.split(lines[0].partition("continue with: ")[2])
-    assert words[2:] == ["--resume", "--workdir", "lost", "--distributed"]
+    places = job.options[-4:]
+    assert words[2:] == ["--resume", "--workdir", "lost", *places, "--distributed"]
 
     statuses, errors = ends(job.start("--workdir", "lost", "--resume"))
     assert statuses == [0, 0], errors

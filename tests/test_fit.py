@@ -8,15 +8,19 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from conftest import MODEL, RECIPE, head
+from flax import nnx
+from tensorboardX.proto import event_pb2
 
 from mnist_flax import checkpoint
 from mnist_flax.data import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.evaluate import evaluate, predict
-from mnist_flax.fit import data_mesh, epochs, fit
-from mnist_flax.model import CNNConfig
+from mnist_flax.evaluate import _whole_logits, evaluate, predict
+from mnist_flax.fit import data_mesh, epochs, fit, initial_state
+from mnist_flax.members import fit_many
+from mnist_flax.model import CNN, CNNConfig
 from mnist_flax.optimizer import make_schedule
 from mnist_flax.recipes import (
     AffineConfig,
@@ -26,7 +30,8 @@ from mnist_flax.recipes import (
     StoppingConfig,
     recipe_views,
 )
-from mnist_flax.steps import eval_logits, to_float
+from mnist_flax.results import digest, load_run, write_results
+from mnist_flax.steps import Purpose, draw_key, eval_logits, to_float
 
 
 def bits(state):
@@ -63,6 +68,17 @@ def test_it_learns_and_reports(whole):
     assert list(workdir.glob("events.out.tfevents.*"))
 
 
+def test_every_seed_draws_its_own_parameters(small):
+    for seed in (0, 1):
+        recipe = dataclasses.replace(RECIPE, seed=seed)
+        state = initial_state(recipe, small.info, steps=24, mesh=data_mesh())
+        key = draw_key(jax.random.key(seed), Purpose.INIT, 0)
+        own = nnx.as_pure(nnx.state(CNN(MODEL, rngs=nnx.Rngs(params=key)), nnx.Param))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, own
+        )
+
+
 def test_two_runs_are_the_same_bits_and_another_seed_is_not(whole, small):
     assert_same_run(whole[0], fit(RECIPE, small, progress=False))
     other = next(epochs(dataclasses.replace(RECIPE, seed=1), small))
@@ -71,8 +87,10 @@ def test_two_runs_are_the_same_bits_and_another_seed_is_not(whole, small):
 
 @pytest.mark.parametrize("calls", [1, 4, 9])
 def test_interrupted_anywhere_and_resumed_is_the_same_bits(whole, small, tmp_path, calls):
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted) as stop:
         fit(RECIPE, small, workdir=tmp_path, progress=False, interrupted=after(calls))
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        assert manager.latest_step() == int(stop.value.state.step)
     assert_same_run(whole[0], fit(RECIPE, small, workdir=tmp_path, resume=True, progress=False))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
@@ -99,7 +117,8 @@ def test_an_epochs_division_into_calls_does_not_change_its_bits(small, monkeypat
     jax.tree.map(np.testing.assert_array_equal, bits(one_call.state), bits(step_by_step.state))
 
 
-def test_early_stopping_restores_the_best_epoch(small):
+def test_early_stopping_restores_the_best_epoch(small, splits, tmp_path):
+    """And what is written and read of the run is of that epoch too."""
     recipe = dataclasses.replace(
         RECIPE,
         epochs=30,
@@ -109,12 +128,47 @@ def test_early_stopping_restores_the_best_epoch(small):
         plateau=PlateauConfig(),
         stopping=StoppingConfig(patience=2),
     )
-    result = fit(recipe, small, progress=False)
+    result = fit(recipe, small, workdir=tmp_path, progress=False)
     losses = [row["val_loss"] for row in result.history]
     assert result.stopped_early
     assert result.best_epoch == 1 + losses.index(min(losses)) == len(losses) - 2
     evaluation = evaluate(result.state, small.val)
     assert evaluation.loss == pytest.approx(min(losses), rel=1e-5)
+    best = result.history[result.best_epoch - 1]
+    assert best["val_accuracy"] == pytest.approx(evaluation.accuracy)
+    examples = head(splits.test, 100)
+    summary = write_results(
+        tmp_path,
+        recipe,
+        small.info,
+        result,
+        test_examples=examples,
+        test=evaluate(result.state, examples),
+        data_seconds=0.0,
+        test_seconds=0.0,
+    )
+    assert summary["best_epoch"] == result.best_epoch
+    assert (summary["val_loss"], summary["val_accuracy"]) == (min(losses), best["val_accuracy"])
+    assert digest(load_run(tmp_path).state) == summary["digest"] == digest(result.state)
+    events = scalars(tmp_path)
+    assert sorted(events) == [row["step"] for row in result.history]
+    assert [row["val_loss"] for row in events.values()] == pytest.approx(losses)
+
+
+def scalars(workdir):
+    """Reads a run's TensorBoard events: by step, the scalars by name.
+
+    A record is its length in 8 bytes, 4 of checksum, an event, and 4 of checksum.
+    """
+    (path,) = workdir.glob("events.out.tfevents.*")
+    data, place, found = path.read_bytes(), 0, {}
+    while place < len(data):
+        size = int.from_bytes(data[place : place + 8], "little")
+        event = event_pb2.Event.FromString(data[place + 12 : place + 12 + size])
+        place += size + 16
+        for value in event.summary.value:
+            found.setdefault(event.step, {})[value.tag] = value.simple_value
+    return found
 
 
 def test_plateau_lowers_the_rate_and_the_row_says_so(small):
@@ -135,14 +189,49 @@ def test_without_validation_the_last_state_is_kept(small):
     assert result.history[-1]["val_loss"] is None
 
 
-def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(small, tmp_path):
+def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(whole, small):
+    """After one epoch of the recipe's rates, one of hardly any: the parameters stay."""
+    slow = dataclasses.replace(
+        RECIPE, schedule=ScheduleConfig(), optimizer=OptimizerConfig(learning_rate=1e-9)
+    )
+    first = next(epochs(RECIPE, small))
+    second = next(epochs(slow, small, start=first.state))
+    assert second.learning_rate == pytest.approx(1e-9)
+    jax.tree.map(
+        lambda new, old: np.testing.assert_allclose(new, old, rtol=0, atol=1e-6),
+        *(jax.tree.map(np.asarray, result.state.params) for result in (second, first)),
+    )
+    other = dataclasses.replace(RECIPE, optimizer=OptimizerConfig("adamw", momentum=None))
+    with pytest.raises(InputError, match="another kind of optimizer"):
+        next(epochs(other, small, start=whole[0].state))
+
+
+def test_divergence_stops_the_run(small, tmp_path):
     images = small.train.images
     recipe = dataclasses.replace(
         RECIPE, optimizer=OptimizerConfig(learning_rate=1e30), model=MODEL, plateau=PlateauConfig()
     )
-    with pytest.raises(DivergedError, match=r"diverged.*checkpoint of step None"):
+    with pytest.raises(DivergedError, match="training diverged; lower the learning rate"):
         fit(recipe, small, workdir=tmp_path, progress=False)
     assert images is small.train.images
+
+
+def test_parameters_that_are_not_finite_are_noticed_after_the_last_step(small):
+    """One step, whose own loss is that of the parameters before it, and no validation."""
+    recipe = dataclasses.replace(
+        RECIPE,
+        val_size=0,
+        epochs=1,
+        augment=AffineConfig(),
+        optimizer=OptimizerConfig(learning_rate=1e30),
+        schedule=ScheduleConfig(),
+        plateau=PlateauConfig(),
+    )
+    batch = dataclasses.replace(small, train=head(small.train, 50), val=head(small.val, 0))
+    with pytest.raises(DivergedError, match="norm of the parameters"):
+        fit(recipe, batch, progress=False)
+    study = fit_many(recipe, batch, seeds=[0], progress=False)
+    assert study.diverged[0] is not None
 
 
 def test_bad_input_is_refused_before_anything_is_written(small, whole, tmp_path):
@@ -153,6 +242,8 @@ def test_bad_input_is_refused_before_anything_is_written(small, whole, tmp_path)
     refuse("batch_size is 2000", dataclasses.replace(RECIPE, batch_size=2000))
     refuse("val_size is 400", dataclasses.replace(RECIPE, val_size=400))
     refuse("no run to resume", resume=True)
+    refuse("need the workdir", workdir=None, resume=True)
+    refuse("need the workdir", workdir=None, strict=True)
     refuse("holds a run", workdir=whole[1])
     deep = CNNConfig(widths=(4,) * 4, padding=("VALID",) * 4, pool=(True,) * 4)
     refuse("too small", dataclasses.replace(RECIPE, model=deep))
@@ -198,7 +289,8 @@ def test_a_view_is_of_augmented_images(whole, splits):
     views = recipe_views(RECIPE, count=2)
     answers = []
     for number, view in enumerate(views):
-        keys = [jax.random.fold_in(jax.random.key(number), batch) for batch in range(2)]
+        key = draw_key(jax.random.key(0), Purpose.VIEW, number)
+        keys = [jax.random.fold_in(key, batch) for batch in range(2)]
         padded = np.concatenate([images, np.zeros((300, 28, 28, 1), np.float32)])
         parts = zip(keys, np.split(padded, 2), strict=True)
         seen = np.concatenate([view.augment(key, part) for key, part in parts])[:700]
@@ -207,3 +299,16 @@ def test_a_view_is_of_augmented_images(whole, splits):
     answers.append(evaluate(state, examples).logits_NK)
     for one, other in itertools.combinations(answers, 2):
         assert np.abs(one - other).max() > 0.1
+
+
+def test_the_evaluation_of_a_second_run_compiles_nothing(whole, small):
+    """Optimizers are functions, no two of them equal, and static in the state."""
+    state = whole[0].state
+    evaluate(state, small.val)
+    (view,), (again,) = (recipe_views(RECIPE, count=1) for _ in range(2))
+    seen = evaluate(state, small.val, view=view)
+    other = dataclasses.replace(state, optimizer=optax.sgd(0.1))
+    size = _whole_logits._cache_size()
+    np.testing.assert_array_equal(evaluate(other, small.val, view=again).logits_NK, seen.logits_NK)
+    evaluate(other, small.val)
+    assert _whole_logits._cache_size() == size

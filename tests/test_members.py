@@ -12,6 +12,7 @@ import pytest
 from conftest import MODEL, RECIPE, head
 from test_fit import after, bits, timeless
 
+from mnist_flax import checkpoint
 from mnist_flax.data import epoch_order, load_splits
 from mnist_flax.errors import CheckpointError, DivergedError, InputError, Interrupted
 from mnist_flax.evaluate import evaluate
@@ -82,6 +83,8 @@ def test_members_are_their_own_runs(study, small):
         losses = [[row["val_loss"] for row in run.history] for run in (own, member)]
         np.testing.assert_allclose(*losses, rtol=1e-6)
         assert (own.best_epoch, own.stopped_early) == (member.best_epoch, member.stopped_early)
+        best = member.history[member.best_epoch - 1]
+        assert best["val_accuracy"] == pytest.approx(evaluate(member.state, small.val).accuracy)
         assert own.history[0].keys() == member.history[0].keys()
 
 
@@ -106,12 +109,12 @@ def test_a_varied_number_is_the_recipes_own(small):
         "optimizer.weight_decay": (0.0, 0.5),
     }
     assert set(values) == set(TRACEABLE)
-    members = [dict.fromkeys(values, 0)] + [{name: 1} for name in values]
+    members = [{}] + [{name: 1} for name in values] + [dict.fromkeys(values, 1)]
     vary = {name: [values[name][m.get(name, 0)] for m in members] for name in values}
     result = fit_many(recipe, small, seeds=[5] * len(members), vary=vary, progress=False)
     losses = [history[0]["train_loss"] for history in result.histories]
     assert len(set(losses)) == len(losses)  # every field has an effect
-    for i in (0, 9):
+    for i in (0, len(members) - 1):
         own = with_fields(recipe, {"seed": 5} | {name: vary[name][i] for name in vary})
         assert result.recipes[i] == own
         (row,) = fit(own, small, progress=False).history
@@ -121,8 +124,10 @@ def test_a_varied_number_is_the_recipes_own(small):
 @pytest.mark.parametrize("calls", [1, 5, 8])
 def test_interrupted_anywhere_and_resumed_is_the_same_study(study, small, tmp_path, calls):
     run = dict(seeds=SEEDS, workdir=tmp_path, progress=False)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted) as stop:
         fit_many(STOPPING, small, interrupted=after(calls), **run)
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        assert manager.latest_step() == int(stop.value.state.step.max())
     assert_same_study(study[0], fit_many(STOPPING, small, resume=True, **run))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     members = [row.pop("member") for row in rows]
@@ -191,8 +196,12 @@ def test_bad_input_is_refused_before_anything_is_written(small, study, data_dir,
     refuse("label_smoothing is 1.5", vary={"label_smoothing": [0.0, 1.5]})
     refuse("has no number 'optimizer.adam_ratio'", vary={"optimizer.adam_ratio": [0.1, 0.2]})
     refuse("no run to resume", resume=True)
+    refuse("need the workdir", workdir=None, resume=True)
     refuse("holds a run", workdir=study[1])
     refuse("seeds: ", workdir=study[1], resume=True)
+    info = dataclasses.replace(small.info, fingerprint="0123456789abcdef")
+    other = dataclasses.replace(small, info=info)
+    refuse("fingerprint: ", splits=other, seeds=SEEDS, workdir=study[1], resume=True)
     streamed = load_splits("mnist", val_size=500, seed=0, data_dir=data_dir, stream=True)
     refuse("do not stream", splits=streamed)
     assert not (tmp_path / "new").exists()
