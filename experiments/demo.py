@@ -37,6 +37,10 @@ class Command:
     run: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     port: int = 7860
 
+    def __post_init__(self):
+        if not 0 < self.port < 2**16:
+            raise InputError(f"port is {self.port}; give a number from 1 to 65535")
+
 
 def make_page(run):
     """Returns the page, a `gradio.Blocks`."""
@@ -92,9 +96,11 @@ def main(arguments):
         raise InputError("name one run directory; see --help")
     runtime.configure()
 
+    from mnist_flax.digits import require_shape
     from mnist_flax.results import load_run
 
     run = load_run(command.run[0])
+    require_shape(run.info.image_shape)
     try:
         page = make_page(run)
     except ImportError:

@@ -23,7 +23,7 @@ class Command:
     """Options of the script.
 
     Attributes:
-      paths: a run directory, then pictures.
+      paths: a run directory, then pictures; options stand before or after all of them.
       line: read several digits on one line, in order.
       show: a PNG file to draw what the network saw into.
       json: print JSON instead of text.
@@ -59,15 +59,19 @@ def main(arguments):
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     if len(command.paths) < 2:
         raise InputError("name a run directory and at least one picture; see --help")
+    if command.show is not None and command.show.is_dir():
+        raise InputError(f"show is {command.show}, a directory; name a PNG file")
     runtime.configure()
 
     import numpy as np
 
+    from mnist_flax.digits import require_shape
     from mnist_flax.evaluate import Evaluation, predict
     from mnist_flax.figures import plot_predictions, save_figure
     from mnist_flax.results import load_run
 
     run = load_run(command.paths[0])
+    require_shape(run.info.image_shape)
     names = run.info.class_names
     images, probabilities, answers = [], [], []
     for path in command.paths[1:]:
@@ -86,7 +90,7 @@ def main(arguments):
         shown = np.concatenate(probabilities)
         figure = plot_predictions(
             images_NHWC=np.concatenate(images),
-            labels=shown.argmax(axis=-1),
+            labels=None,
             probabilities_NK=shown,
             class_names=names,
             columns=min(8, len(shown)),

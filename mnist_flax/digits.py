@@ -21,6 +21,7 @@ from mnist_flax.errors import InputError
 
 SIDE, BOX = 28, 20
 MAX_SIDE = 800  # pixels of a picture's longer side; larger ones are scaled down first
+MIN_SIDE = 112  # smaller ones are scaled up: the smoothing would close the holes of their digits
 MIN_CONTRAST = 0.12  # of ink against paper, where 1 is black on white
 MIN_STROKE_SIGMAS = 5.0  # of ink against the noise of the paper
 STROKE = 0.13  # width of a stroke as a share of the digit's longer side: MNIST's mean
@@ -41,6 +42,13 @@ class Digit(NamedTuple):
 
     image_HWC: np.ndarray
     box: tuple[int, int, int, int]
+
+
+def require_shape(image_shape: tuple[int, int, int]) -> None:
+    """Raises InputError unless a network of such images (H, W, C) can read digits."""
+    if image_shape != (SIDE, SIDE, 1):
+        shape = "x".join(map(str, image_shape))
+        raise InputError(f"the run's images are {shape}; digits in pictures become 28x28x1")
 
 
 def read_picture(path: str | Path) -> np.ndarray:
@@ -70,6 +78,8 @@ def read_picture(path: str | Path) -> np.ndarray:
     paper = Image.new("RGBA", picture.size, "white")
     grey = Image.alpha_composite(paper, picture).convert("L")
     grey.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)
+    if 8 <= max(grey.size) < MIN_SIDE:
+        grey = ImageOps.contain(grey, (MIN_SIDE, MIN_SIDE), Image.Resampling.BICUBIC)
     return find_ink(np.asarray(grey, np.float32) / 255)
 
 

@@ -54,7 +54,7 @@ def plot_curves(
         epochs: [E] Numbers of the epochs, ascending.
         train_loss: [E] Mean loss in training.
         train_accuracy: [E] Accuracy in training, from 0 to 1.
-        learning_rate: [E] Learning rate.
+        learning_rate: [E] Learning rate of each epoch's last step.
         val_loss: [E] Mean loss on the validation split, or None where there is none.
         val_accuracy: [E] Accuracy on the validation split, from 0 to 1, or None.
         best_epoch: The epoch to mark as the best, or None.
@@ -97,7 +97,7 @@ def plot_curves(
 def plot_predictions(
     *,
     images_NHWC: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | None,
     probabilities_NK: ArrayLike,
     class_names: Sequence[str],
     rows: int = 4,
@@ -109,7 +109,7 @@ def plot_predictions(
 
     Args:
         images_NHWC: [N, H, W, C] Images.
-        labels: [N] True classes, from 0 to K - 1.
+        labels: [N] True classes, from 0 to K - 1; None where they are not known.
         probabilities_NK: [N, K] Predicted probabilities.
         class_names: K names.
         rows: Rows of the grid.
@@ -118,15 +118,20 @@ def plot_predictions(
     Returns:
         The figure.
     """
-    labels = np.asarray(labels)[: rows * columns]
     images = np.asarray(images_NHWC)[: rows * columns]
     probabilities = np.asarray(probabilities_NK)[: rows * columns]
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    right = predicted == labels
-
     titles = [
-        f"{class_names[guess]} ({p:.1%})" + ("" if hit else f"\ntrue {class_names[label]}")
-        for guess, p, label, hit in zip(predicted, confidence, labels, right, strict=True)
+        f"{class_names[guess]} ({p:.1%})" for guess, p in zip(predicted, confidence, strict=True)
+    ]
+    if labels is None:
+        return _image_grid(images, columns=columns, heading="As read", titles=titles)[0]
+
+    labels = np.asarray(labels)[: rows * columns]
+    right = predicted == labels
+    titles = [
+        title + ("" if hit else f"\ntrue {class_names[label]}")
+        for title, label, hit in zip(titles, labels, right, strict=True)
     ]
     heading = f"{right.sum()} of {len(right)} right"
     figure, grid = _image_grid(images, columns=columns, heading=heading, titles=titles)

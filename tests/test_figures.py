@@ -187,6 +187,18 @@ def test_predictions_name_class_and_probability(splits):
     )
 
 
+def test_predictions_without_labels_are_not_judged(splits):
+    figure = figures.plot_predictions(
+        images_NHWC=splits.test.images[:2],
+        labels=None,
+        probabilities_NK=np.array([[0.9, 0.1], [0.25, 0.75]]),
+        class_names=("zero", "one"),
+    )
+    assert figure.get_suptitle() == "As read"
+    assert [axes.get_title() for axes in figure.axes] == ["zero (90.0%)", "one (75.0%)"]
+    assert {axes.title.get_color() for axes in figure.axes} == {"black"}
+
+
 def test_predictions_fill_the_grid_row_by_row(splits):
     count = 9
     figure = figures.plot_predictions(
