@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from mnist_flax import command_line
+from mnist_flax.errors import InputError
 
 TRAIN = Path(__file__).parent / "train.py"
 SMALL = ["--recipe", "default", "--val-size", "45000", "--epochs", "1"]
@@ -56,7 +57,7 @@ def digest(workdir: Path, arguments: list[str], processors: set[int] | None) -> 
     words = [sys.executable, str(TRAIN), *SMALL, "--workdir", str(workdir), *arguments]
     run = subprocess.run(words, check=False, capture_output=True, text=True, preexec_fn=restrict)
     if run.returncode:
-        raise RuntimeError(run.stderr)
+        raise InputError(run.stderr.strip().splitlines()[-1].removeprefix("error: "))
     return json.loads((workdir / "result.json").read_text())["digest"]
 
 

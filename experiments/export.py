@@ -27,11 +27,13 @@ class Command:
       run: a run directory.
       out: where the files go; by default export/ in the run's directory.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      archives: the directory of IDX archives that the run was trained on, if it was.
     """
 
     run: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     out: Path | None = None
     data_dir: Path | None = None
+    archives: Path | None = None
 
     def __post_init__(self):
         if len(self.run) > 1:
@@ -55,7 +57,13 @@ def main(arguments):
     from mnist_flax.workdir import write_bytes
 
     run = load_run(command.run[0])
-    test = load_splits(run.recipe.dataset, val_size=0, seed=0, data_dir=command.data_dir).test
+    test = load_splits(
+        run.recipe.dataset,
+        val_size=0,
+        seed=0,
+        data_dir=command.data_dir,
+        archives=command.archives,
+    ).test
     images = test.images / np.float32(255)
     expected = predict(run.state, images)
     out = command.out or run.workdir / "export"
@@ -74,7 +82,7 @@ def main(arguments):
     path = out / "model.stablehlo"
     write_bytes(path, export.to_stablehlo(run.state, image_shape=shape))
     loaded = jax.export.deserialize(bytearray(path.read_bytes()))
-    sound = check(path, np.concatenate([loaded.call(part) for part in np.split(images, 10)]))
+    sound = check(path, np.concatenate([loaded.call(part) for part in np.array_split(images, 10)]))
     path = out / "model.onnx"
     try:
         model = export.to_onnx(run.state, image_shape=shape, class_names=run.info.class_names)
@@ -84,7 +92,7 @@ def main(arguments):
         return int(not sound)
     write_bytes(path, model)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    parts = [np.asarray(session.run(None, {"images": i})[0]) for i in np.split(images, 10)]
+    parts = [np.asarray(session.run(None, {"images": i})[0]) for i in np.array_split(images, 10)]
     return int(not (check(path, np.concatenate(parts)) and sound))
 
 

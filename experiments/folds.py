@@ -81,10 +81,10 @@ def main(arguments):
     from mnist_flax.fit import data_mesh
     from mnist_flax.workdir import write_json
 
-    workdir = command.workdir or Path("runs") / f"folds-{name}"
-    workdir.mkdir(parents=True, exist_ok=True)
     mesh = data_mesh(command.devices)
     splits = load_splits(recipe.dataset, val_size=0, data_dir=command.data_dir)
+    workdir = command.workdir or Path("runs") / f"folds-{name}"
+    workdir.mkdir(parents=True, exist_ok=True)
     folds = np.array_split(np.arange(splits.train.num_examples), command.folds)
     correct: dict[str, list[int]] = {}
     for number, held_out in enumerate(folds):

@@ -15,7 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-atheris: Any = importlib.import_module("atheris")  # of the extra, so type checkers may lack it
+try:
+    atheris: Any = importlib.import_module("atheris")  # of the extra, so type checkers may lack it
+except ImportError:
+    sys.exit("error: fuzzing needs atheris: pip install -e '.[fuzz]'")
 
 with atheris.instrument_imports(include=["mnist_flax"]):
     from mnist_flax import archives, command_line, digits, recipes

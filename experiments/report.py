@@ -40,11 +40,13 @@ class Command:
       runs: run directories, each with a result.json.
       out: where the report goes; by default report/ in the first run's directory.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      archives: the directory of IDX archives that the runs were trained on, if they were.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     out: Path | None = None
     data_dir: Path | None = None
+    archives: Path | None = None
 
     def __post_init__(self):
         if len(set(self.runs)) < len(self.runs):
@@ -368,6 +370,7 @@ def main(arguments):
                 val_size=recipe.val_size,
                 seed=recipe.split_seed,
                 data_dir=command.data_dir,
+                archives=command.archives,
             )
             if splits.info.fingerprint != run.info.fingerprint:
                 raise InputError(f"{run.workdir} was trained on other data than {recipe.dataset}")

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from scipy import stats
+from tqdm.auto import tqdm
 
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import DivergedError, InputError, Interrupted
@@ -33,7 +34,8 @@ class Command:
       recipe: the recipe's fields; its seed is not used.
       seeds: how many seeds, at least 2.
       first_seed: the first of them.
-      versus: another recipe to train from the same seeds.
+      versus: another recipe to train from the same seeds, as it is named: options that change
+        fields change those of the first recipe alone.
       views: test also the mean of this many random views of each image, by the recipe's own
         augmentation; 0 tests the images as they are alone.
       workdir: where study.json, the strip plot and checkpoints go; by default runs/seeds-NAME.
@@ -79,6 +81,19 @@ def test_statistics(tests: Sequence[Evaluation]) -> dict[str, Any]:
         **statistics(np.array([test.accuracy for test in tests])),
         "ensemble_accuracy": ensemble.accuracy,
         "ensemble_loss": ensemble.loss,
+    }
+
+
+def over_views(seen: Sequence[Sequence[Evaluation]]) -> list[Evaluation]:
+    """Returns each member's mean over the views; `seen` has a row a view, of all members."""
+    return [mixture(views) for views in zip(*seen, strict=True)]
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """Returns how much better ours are on average, and the p-value of a paired t-test."""
+    return {
+        "difference": float((ours - theirs).mean()),
+        "p_value": float(stats.ttest_rel(ours, theirs).pvalue),
     }
 
 
@@ -140,8 +155,12 @@ def run_seeds(
     }
     if own_views := recipe_views(recipe, count=views):
         look = functools.partial(evaluate_many, result.states, splits.test, mesh=mesh)
-        seen = [look(view=view) for view in own_views]
-        averaged = [mixture(member) for member in zip(*seen, strict=True)]
+        seen = []
+        for view in tqdm(own_views, desc="views"):
+            if interrupted is not None and interrupted():
+                raise Interrupted(result.states, None)
+            seen.append(look(view=view))
+        averaged = over_views(seen)
         study["views"] = {"number": views, **test_statistics(averaged)}
     return study, np.array([test.accuracy for test in tests])
 
@@ -186,13 +205,15 @@ def main(arguments):
         recipes[f"{command.versus} (other)"] = command_line.named_recipe(command.versus)
     for recipe in recipes.values():
         require_views(recipe, count=command.views)
+    workdir = command.workdir or Path("runs") / f"seeds-{name}"
+    if command.resume and not workdir.exists():
+        raise InputError(f"there is no study to resume in {workdir}; leave out --resume")
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes.values())
     runtime.configure(cpu_devices=command.devices or cores)
 
     from mnist_flax.figures import plot_seeds, save_figure
     from mnist_flax.workdir import write_json
 
-    workdir = command.workdir or Path("runs") / f"seeds-{name}"
     interrupts = runtime.Interrupts()
     interrupts.install()
     studies, accuracies = {}, {}
@@ -217,9 +238,7 @@ def main(arguments):
         print(*rows(label, study), sep="\n")
     summary: dict[str, Any] = {"studies": studies}
     if command.versus is not None:
-        ours, theirs = accuracies.values()
-        summary["difference"] = float((ours - theirs).mean())
-        summary["p_value"] = float(stats.ttest_rel(ours, theirs).pvalue)
+        summary |= compare(*accuracies.values())
         print(f"difference {summary['difference']:+.3%}, paired t-test p {summary['p_value']:.2g}")
     write_json(workdir / "study.json", summary)
     save_figure(plot_seeds(accuracies), workdir / "seeds.png")

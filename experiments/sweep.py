@@ -22,6 +22,8 @@ from mnist_flax import command_line, runtime
 from mnist_flax.errors import InputError
 from mnist_flax.recipes import TRACEABLE, Recipe, with_fields
 
+SET_BY_THE_SEARCH = ("seed", "val_size", "split_seed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:
@@ -81,7 +83,7 @@ def parse_vary(words: tuple[str, ...]) -> dict[str, Choice]:
 
     Raises:
       InputError: there is no word, or one is neither NAME=V1,V2,... nor NAME=LOW:HIGH, or names a
-        field twice.
+        field twice, or one that the search sets itself.
     """
     if not words:
         raise InputError("vary is empty; give a field, as optimizer.learning_rate=0.1,0.2")
@@ -96,6 +98,8 @@ def parse_vary(words: tuple[str, ...]) -> dict[str, Choice]:
         sound = bool(numbers) and all(map(math.isfinite, numbers)) and name not in fields
         if not sound or (ranged and not (len(numbers) == 2 and numbers[0] < numbers[1])):
             raise InputError(f"vary {word!r} is not NAME=V1,V2,... or NAME=LOW:HIGH, each once")
+        if name in SET_BY_THE_SEARCH:
+            raise InputError(f"vary names {name}, which the search sets itself; see --help")
         fields[name] = Choice(numbers, ranged)
     return fields
 
@@ -117,20 +121,25 @@ def points(fields: dict[str, Choice], *, draws: int, seed: int) -> list[dict[str
     return [dict(zip(fields, numbers, strict=True)) for numbers in grid]
 
 
-def search(tried: list[dict[str, float]], command: Command) -> np.ndarray:
-    """Returns the validation accuracies [points, seeds]; that of a run that diverged is 0.
-
-    Points that differ only in what members of one program may differ in are trained together.
-    """
+def load(command: Command):
+    """Returns the splits that the search trains and chooses on."""
     from mnist_flax.data import load_splits
-    from mnist_flax.members import fit_many, member_mesh
 
-    splits = load_splits(
+    return load_splits(
         command.recipe.dataset,
         val_size=command.search_val_size,
         seed=command.recipe.split_seed,
         data_dir=command.data_dir,
     )
+
+
+def search(tried: list[dict[str, float]], command: Command, splits) -> np.ndarray:
+    """Returns the validation accuracies [points, seeds]; that of a run that diverged is 0.
+
+    Points that differ only in what members of one program may differ in are trained together.
+    """
+    from mnist_flax.members import fit_many, member_mesh
+
     accuracies = np.zeros((len(tried), command.seeds))
     members = list(itertools.product(range(len(tried)), range(command.seeds)))
     together = [name for name in tried[0] if name in TRACEABLE]
@@ -146,12 +155,22 @@ def search(tried: list[dict[str, float]], command: Command) -> np.ndarray:
             vary={name: [tried[row][name] for row, _ in here] for name in together},
             mesh=member_mesh(len(here), devices=command.devices),
         )
+        best = command.recipe.val_size > 0
         for i, (row, seed) in enumerate(here):
-            if result.diverged[i] is None:
-                # Without validation of its own the winner will end with its last epoch.
-                epoch = result.best_epochs[i] if command.recipe.val_size else 0
-                accuracies[row, seed] = result.histories[i][epoch - 1]["val_accuracy"]
+            accuracies[row, seed] = val_accuracy(result, i, best=best)
     return accuracies
+
+
+def val_accuracy(result, index: int, *, best: bool) -> float:
+    """Returns what a member is chosen by; 0 for one that diverged.
+
+    It is the accuracy of the epoch whose state the winner will end with: the best one, or the last
+    where the winner trains without validation.
+    """
+    if result.diverged[index] is not None:
+        return 0.0
+    epoch = result.best_epochs[index] if best else len(result.histories[index])
+    return result.histories[index][epoch - 1]["val_accuracy"]
 
 
 def main(arguments):
@@ -170,9 +189,10 @@ def main(arguments):
     from mnist_flax.figures import plot_response, save_figure
     from mnist_flax.workdir import write_json
 
+    splits = load(command)
     workdir = command.workdir or Path("runs") / f"sweep-{name}"
     workdir.mkdir(parents=True, exist_ok=True)
-    accuracies = search(tried, command)
+    accuracies = search(tried, command, splits)
     means = accuracies.mean(axis=1)
     best = int(means.argmax())
     for point, row in zip(tried, accuracies, strict=True):

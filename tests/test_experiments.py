@@ -29,21 +29,27 @@ from conftest import RECIPE, head
 from flax import nnx
 from hypothesis import given, settings
 from PIL import Image
+from scipy import stats
+from test_archives import write_subset
 
 from mnist_flax import command_line
-from mnist_flax.data import take
+from mnist_flax.data import load_splits, take
 from mnist_flax.errors import InputError
-from mnist_flax.evaluate import evaluate
-from mnist_flax.fit import data_mesh
+from mnist_flax.evaluate import Evaluation, evaluate, fit_temperature
+from mnist_flax.fit import data_mesh, never
+from mnist_flax.members import MembersResult
 from mnist_flax.model import CNN, space_to_depth
 from mnist_flax.recipes import RECIPES, Recipe, differences, from_dict, to_dict
+from mnist_flax.results import load_run
 from mnist_flax.steps import create_state
+from mnist_flax.workdir import claim
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--val-size", "59000", "--epochs", "2", "--batch-size", "100"]
 SMALL += ["--model.widths", "4", "8", "--model.padding", "SAME", "VALID"]
 SMALL += ["--model.pool", "True", "True", "--optimizer.learning-rate", "0.01"]
 SMALL += ["--stopping.patience", "None"]
+FEW = [*SMALL, "--val-size", "1000"]  # of `few_dir`
 
 
 def script(name, *arguments):
@@ -64,6 +70,16 @@ def experiment(name, *arguments, cwd):
 
 def train(*arguments, data_dir, cwd):
     return run_words(command(*arguments, data_dir=data_dir), cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def few_dir(tmp_path_factory):
+    """A directory of datasets whose MNIST is its first 4,000 training and 1,000 test examples."""
+    root = tmp_path_factory.mktemp("few")
+    archives = write_subset(root / "archives", num_train=4000, num_test=1000)
+    load_splits("mnist", val_size=1000, data_dir=root, archives=archives)
+    (prepared,) = (path for path in (root / "mnist").iterdir() if path.is_dir())
+    return prepared.rename(prepared.with_name("canonical")).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +127,10 @@ def test_report_is_one_page_with_the_runs_numbers(finished, data_dir, tmp_path):
     assert numbers["correct"] == result["test_correct"]
     assert sum(map(sum, numbers["confusion"])) == 10_000
     assert numbers["label_noise"]["disputed"] == 15
-    assert numbers["calibration_scaled"]["loss"] <= numbers["calibration"]["loss"] + 1e-3
+    loaded = load_run(finished)
+    splits = load_splits("mnist", val_size=loaded.recipe.val_size, data_dir=data_dir)
+    own = fit_temperature(evaluate(loaded.state, splits.val))
+    assert numbers["temperature"] == pytest.approx(own, rel=1e-3)
     for name, values in numbers["robustness"].items():
         assert max(values["accuracies"]) <= numbers["accuracy"] + 0.02, name
     assert numbers["worst_case"] < numbers["accuracy"]
@@ -159,9 +178,8 @@ def test_a_directory_without_a_run_is_one_line(name, tmp_path):
     assert len(run.stderr.splitlines()) == 1
 
 
-@pytest.mark.usefixtures("splits")
-def test_sigterm_writes_a_checkpoint_and_the_run_resumes(data_dir, tmp_path):
-    long = [*SMALL, "--epochs", "400", "--workdir", str(tmp_path / "run")]
+def test_sigterm_writes_a_checkpoint_and_the_run_resumes(few_dir, tmp_path):
+    data_dir, long = few_dir, [*FEW, "--epochs", "400", "--workdir", str(tmp_path / "run")]
     process = subprocess.Popen(
         command(*long, data_dir=data_dir), stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )
@@ -176,10 +194,11 @@ def test_sigterm_writes_a_checkpoint_and_the_run_resumes(data_dir, tmp_path):
     assert again.stderr.splitlines()[-1].startswith("error: ")
     assert "--resume" in again.stderr
     words = shlex.split(errors.splitlines()[-1].partition("continue with: ")[2])
+    assert words[-4:] == ["--data-dir", str(data_dir), "--devices", "1"]
     done = len(metrics.read_text().splitlines())
     # Its own recipe is read from the directory; 400 epochs are too many to wait for.
     process = subprocess.Popen(
-        [sys.executable, *words[1:], "--data-dir", data_dir, "--devices", "1"],
+        [sys.executable, *words[1:]],
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
@@ -200,9 +219,8 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.usefixtures("splits")
-def test_one_process_holds_a_run_and_a_second_signal_ends_it_at_once(data_dir, tmp_path):
-    long = [*SMALL, "--epochs", "400", "--workdir", str(tmp_path / "run")]
+def test_one_process_holds_a_run_until_it_is_killed(few_dir, tmp_path):
+    data_dir, long = few_dir, [*FEW, "--epochs", "400", "--workdir", str(tmp_path / "run")]
     words = command(*long, data_dir=data_dir)
     first = subprocess.Popen(words, stderr=subprocess.DEVNULL, cwd=tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -212,20 +230,13 @@ def test_one_process_holds_a_run_and_a_second_signal_ends_it_at_once(data_dir, t
     assert "another process is using" in refused.stderr
     first.kill()
     first.wait()
-    done = len(metrics.read_text().splitlines())
-    second = subprocess.Popen([*words, "--resume"], stderr=subprocess.DEVNULL, cwd=tmp_path)
-    wait_for(lambda: len(metrics.read_text().splitlines()) > done + 1, second)
-    for _ in range(2):
-        second.send_signal(signal.SIGTERM)
-        time.sleep(0.02)
-    # By the signal itself, or, where the step in flight was quicker, in an orderly way.
-    assert second.wait(timeout=20) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    with claim(tmp_path / "run", resume=True):
+        pass
 
 
-@pytest.mark.usefixtures("splits")
-def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(data_dir, tmp_path):
-    words = script("seeds", *SMALL, "--epochs", "6")
-    words += ["--seeds", "3", "--views", "2", "--data-dir", data_dir, "--devices", "1"]
+def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(few_dir, tmp_path):
+    words = script("seeds", *FEW, "--epochs", "20")
+    words += ["--seeds", "3", "--views", "2", "--data-dir", str(few_dir), "--devices", "1"]
     workdir = tmp_path / "runs" / "seeds-default"
     rows = workdir / "members-0" / "metrics.jsonl"
     victim = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -233,10 +244,10 @@ def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(
     victim.send_signal(signal.SIGTERM)
     assert "continue with the same command and --resume" in victim.communicate()[1]
     assert victim.returncode == 128 + signal.SIGTERM
-    assert 0 < len(rows.read_text().splitlines()) < 18
+    assert 0 < len(rows.read_text().splitlines()) < 60
     run = run_words([*words, "--resume"], cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert len(rows.read_text().splitlines()) == 18
+    assert len(rows.read_text().splitlines()) == 60
     study = json.loads((workdir / "study.json").read_text())["studies"]["default"]
     assert [member["seed"] for member in study["members"]] == [100, 101, 102]
     accuracies = [member["test_accuracy"] for member in study["members"]]
@@ -250,6 +261,45 @@ def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(
     views = study["views"]
     assert f"| `default`, the mean of 2 views | {views['mean']:.3%} | " in run.stdout
     assert 0 < abs(views["mean"] - study["mean"]) < 0.1
+
+
+def certain(*classes):
+    """An evaluation of two examples of label 0, by the probability that each gives label 1."""
+    probabilities_NK = np.array([[1 - p, p] for p in classes])
+    return Evaluation(np.log(probabilities_NK), np.zeros(2, np.int32))
+
+
+def test_views_are_averaged_for_each_member_apart():
+    """Two views, seen by three members."""
+    seen = [
+        [certain(0.9, 0.1), certain(0.2, 0.2), certain(0.4, 0.6)],
+        [certain(0.3, 0.1), certain(0.4, 0.9), certain(0.4, 0.8)],
+    ]
+    expected = [[0.6, 0.1], [0.3, 0.55], [0.4, 0.7]]
+    found = [member.probabilities_NK[:, 1] for member in seeds.over_views(seen)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_recipes_are_compared_seed_by_seed():
+    """Differences of 0.1, 0.2 and 0.3: t is 0.2 / (0.1 / sqrt 3), with two degrees of freedom."""
+    found = seeds.compare(np.array([0.5, 0.6, 0.8]), np.array([0.4, 0.4, 0.5]))
+    assert found["difference"] == pytest.approx(0.2)
+    assert found["p_value"] == pytest.approx(2 * stats.t.sf(2 * 3**0.5, 2))
+
+
+def test_a_sweep_chooses_by_the_epoch_that_the_winner_will_end_with():
+    rows = tuple({"train_accuracy": 0.9, "val_accuracy": value} for value in (0.3, 0.2))
+    result = MembersResult(
+        recipes=(RECIPE, RECIPE),
+        states=None,
+        histories=(rows, ()),
+        best_epochs=(1, 0),
+        stopped_early=(False, False),
+        diverged=(None, "its loss was not finite"),
+    )
+    assert sweep.val_accuracy(result, 0, best=True) == 0.3
+    assert sweep.val_accuracy(result, 0, best=False) == 0.2
+    assert sweep.val_accuracy(result, 1, best=True) == 0.0
 
 
 @pytest.mark.parametrize("name", ["quick", "tiny700"])
@@ -275,12 +325,13 @@ def test_the_reports_filters_are_the_first_kernels_in_pixels(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--resume"], "no study to resume"),
         (["--views", "-1"], "views is -1"),
         (["--recipe", "quick", "--views", "2"], "no augmentation"),
         (["--recipe", "fast", "--versus", "quick", "--views", "2"], "no augmentation"),
     ],
 )
-def test_views_that_nothing_draws_are_refused_before_any_work(arguments, message, tmp_path):
+def test_an_impossible_study_is_refused_before_any_work(arguments, message, tmp_path):
     jax.devices()  # the backend has started: whatever sets JAX up now would fail
     with pytest.raises(InputError, match=message):
         seeds.main([*arguments, "--workdir", str(tmp_path / "study")])
@@ -353,6 +404,19 @@ def test_a_rehearsal_of_the_gpu_study(data_dir, tmp_path):
     assert "to 99.17%: not reached" in run.stdout
 
 
+def test_the_parts_of_the_gpu_study(small):
+    single = gpu_study.single(RECIPE, small, seeds=range(2), late=never)
+    both = gpu_study.study(RECIPE, small, seeds=range(2), late=never)
+    for part in (single, both):
+        accuracies = part["test_accuracies"]
+        assert min(accuracies) > 0.3
+        assert accuracies[0] != accuracies[1]
+        assert part["mean"] == pytest.approx(statistics.mean(accuracies))
+    assert both["deviation"] == pytest.approx(statistics.stdev(both["test_accuracies"]))
+    assert len(single["train_seconds"]) == both["members"] == 2
+    assert both["diverged"] == 0
+
+
 def test_the_time_to_an_accuracy_is_the_quickest_networks():
     singles = {
         "slow": {"train_seconds": [9.0, 8.0], "mean": 0.997},
@@ -364,12 +428,11 @@ def test_the_time_to_an_accuracy_is_the_quickest_networks():
     assert [row.get("seconds") for row in times] == [1.0, 8.0, None]
 
 
-@pytest.mark.usefixtures("splits")
-def test_sweep_chooses_on_validation_and_trains_the_winner_anew(data_dir, tmp_path):
+def test_sweep_chooses_on_validation_and_trains_the_winner_anew(few_dir, tmp_path):
     """At a learning rate of 1e-9 nothing is learnt, so the choice is known beforehand."""
-    words = script("sweep", *SMALL, "--epochs", "1")
-    words += ["--vary", "optimizer.learning-rate=1e-9,0.4", "--search-val-size", "58000"]
-    words += ["--seeds", "1", "--fresh-seeds", "2", "--data-dir", data_dir, "--devices", "1"]
+    words = script("sweep", *FEW, "--epochs", "1")
+    words += ["--vary", "optimizer.learning-rate=1e-9,0.4", "--search-val-size", "500"]
+    words += ["--seeds", "1", "--fresh-seeds", "2", "--data-dir", str(few_dir), "--devices", "1"]
     run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     workdir = tmp_path / "runs" / "sweep-default"
@@ -381,7 +444,7 @@ def test_sweep_chooses_on_validation_and_trains_the_winner_anew(data_dir, tmp_pa
     assert sweep["best"] == {"optimizer.learning_rate": 0.4}
     assert [member["seed"] for member in sweep["winner"]["members"]] == [1000, 1001]
     assert sweep["winner"]["recipe"]["optimizer"]["learning_rate"] == 0.4
-    assert sweep["winner"]["recipe"]["val_size"] == 59000
+    assert sweep["winner"]["recipe"]["val_size"] == 1000
     assert (workdir / "response.png").stat().st_size > 1000
 
 
@@ -399,6 +462,8 @@ def test_sweep_chooses_on_validation_and_trains_the_winner_anew(data_dir, tmp_pa
         (["--vary", "epochs=1.5"], "whole number"),
         (["--vary", "model.dropout=1.5"], "dropout is 1.5"),
         (["--vary", "epochs=1", "--search-val-size", "0"], "search_val_size is 0"),
+        (["--vary", "seed=1,2"], "vary names seed"),
+        (["--vary", "val-size=1,300"], "vary names val_size"),
     ],
 )
 def test_sweep_refuses_in_one_line_before_it_writes(arguments, message, tmp_path, monkeypatch):
@@ -448,6 +513,7 @@ def test_fuzzing_finds_nothing(target, tmp_path):
         (["--dataset", "mnits"], "mnist"),
         (["--batch-size", "70000"], "batch_size is 70000"),
         (["--resume", "--workdir", "nowhere"], "no run to resume"),
+        (["--resume"], "give --workdir"),
         (["--archives", "nowhere"], "nowhere"),
     ],
 )

@@ -6,6 +6,13 @@ import numpy as np
 import pytest
 
 from mnist_flax.optimizer import decayed, make_optimizer, make_schedule, muon_dimensions
+from mnist_flax.recipes import (
+    RECIPES,
+    OptimizerConfig,
+    Recipe,
+    recipe_optimizer,
+    recipe_schedule,
+)
 
 PARAMS = {
     "convs": {"kernel": jnp.full((3, 3, 2, 4), 2.0), "bias": jnp.full((4,), 2.0)},
@@ -102,3 +109,31 @@ def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
     np.testing.assert_allclose(
         updates["head"]["kernel"], -step * np.sign(grads["head"]["kernel"]), rtol=1e-3
     )
+
+
+def test_a_recipes_schedule_is_its_own():
+    """The notebook's: 0.01, times 0.9 after each epoch."""
+    schedule = recipe_schedule(RECIPES["seed"], steps_per_epoch=10)
+    np.testing.assert_allclose([schedule(step) for step in (0, 9, 10)], [0.01, 0.01, 0.009])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sgd", dict(momentum=0.5, nesterov=False, weight_decay=0.3)),
+        ("muon", dict(momentum=0.5, nesterov=False, ns_steps=1, adam_ratio=0.7, weight_decay=0.3)),
+    ],
+)
+def test_a_recipes_optimizer_has_all_of_its_options(name, options):
+    """Two updates, by options of which none is a default."""
+    recipe = Recipe(optimizer=OptimizerConfig(name, learning_rate=0.2, **options))
+    made = make_optimizer(name, learning_rate=lambda _: 0.2, **options)
+    grads = jax.tree.map(lambda p: jnp.arange(p.size, dtype=p.dtype).reshape(p.shape) - 3, PARAMS)
+    ends = []
+    for optimizer in (recipe_optimizer(recipe, steps_per_epoch=10), made):
+        params, state = PARAMS, optimizer.init(PARAMS)
+        for _ in range(2):
+            updates, state = optimizer.update(grads, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+        ends.append(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), *ends)

@@ -3,10 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import head
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
 from mnist_flax import robustness
+from mnist_flax.evaluate import predict
 from mnist_flax.steps import to_float
 
 
@@ -61,3 +63,19 @@ def test_occlusion_hides_a_square_in_the_middle():
 def test_noise_has_its_deviation():
     grey = jnp.full((20, 28, 28, 1), 0.5)
     assert float((robustness.noise(grey, 0.1) - grey).std()) == pytest.approx(0.1, rel=0.02)
+
+
+def test_the_worst_case_is_right_under_every_map_and_accuracies_are_in_order(whole, splits):
+    state, examples = whole[0].state, head(splits.test, 500)
+    images, labels = to_float(examples.images), examples.labels
+    grid = ((10, -2, 2), (-10, 2, 0), (0, 0, 0))
+    moved = [
+        robustness.affine(images, rotate=degrees, shift_y=up / 28, shift_x=left / 28)
+        for degrees, up, left in grid
+    ]
+    hits = np.array([predict(state, seen).argmax(-1) == labels for seen in moved])
+    assert len({*hits.mean(1), hits.all(0).mean()}) == 4
+    assert robustness.worst_case(state, examples, grid=grid) == hits.all(0).mean()
+    dim = robustness.Corruption("brightness", lambda images, share: share * images, (0, 1), 1)
+    ((_, found),) = robustness.robustness(state, examples, corruptions=(dim,))
+    assert found == [(predict(state, 0 * images).argmax(-1) == labels).mean(), hits[2].mean()]

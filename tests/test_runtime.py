@@ -1,10 +1,13 @@
 """Where a script keeps its compiled programs."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+
+from mnist_flax import runtime
 
 SCRIPT = """
 import jax
@@ -36,3 +39,19 @@ def test_compiled_programs_are_kept_where_the_user_said(variables, directory, tm
     assert run.stdout == "42\n"
     assert list((tmp_path / directory).iterdir())
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_first_signal_is_noted_and_the_second_has_its_default_action():
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        interrupts = runtime.Interrupts()
+        interrupts.install()
+        assert not interrupts()
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupts()
+        assert interrupts.exit_status == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
