@@ -3,7 +3,8 @@
     python experiments/gpu_study.py
 
 1. One network of each recipe, by precision: seconds of training after compilation, and accuracy;
-   hence the time to 99.17, 99.40 and 99.60%. To expect on an H200: 0.25, 1 and 5 seconds.
+   hence the time to 99.17, 99.40 and 99.60%. The goals on an H200 are 0.25, 1 and 5 seconds; nobody
+   has measured it yet.
 2. Images a second against the number of members, under vmap and one after another.
 3. All members of each recipe's study at once: seconds, mean accuracy, its interval.
 

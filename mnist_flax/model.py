@@ -26,7 +26,7 @@ MAX_PATTERNS = 6
 
 @dataclasses.dataclass(frozen=True)
 class CNNConfig:
-    """An architecture. The defaults are the notebook's network.
+    """An architecture. The defaults are those of the recipe `seed`, after an older Keras notebook.
 
     Attributes:
       normalize: whether images are brought to nearly the same moments first, before augmentation:

@@ -411,7 +411,8 @@ def recipe_state(
     return create_state(key, model, recipe_optimizer(recipe, steps_per_epoch=steps_per_epoch))
 
 
-# The notebook's recipe: 915,146 parameters, plain SGD, five epochs.
+# The recipe of an older Keras notebook, and elsewhere called the notebook's: 915,146 parameters,
+# plain SGD, five epochs.
 SEED = Recipe(
     epochs=5,
     batch_size=64,
