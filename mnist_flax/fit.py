@@ -141,7 +141,7 @@ def first_devices(devices: int | None) -> np.ndarray:
 
 def mesh_of(state: TrainState) -> Mesh:
     """Returns a mesh of the devices that hold a state, with one axis, "data"."""
-    sharding = state.step.sharding
+    sharding = jnp.asarray(state.step).sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     devices = mesh.devices.ravel() if isinstance(mesh, Mesh) else list(sharding.device_set)
     return Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))

@@ -673,7 +673,7 @@ def _logits(
 
 def mesh_of_members(states: TrainState) -> Mesh:
     """Returns the mesh that stacked states are divided over, or a new one of all devices."""
-    own = states.step.sharding
+    own = jnp.asarray(states.step).sharding
     mesh = own.mesh if isinstance(own, NamedSharding) else None
     if isinstance(mesh, Mesh) and MEMBER_AXIS in mesh.axis_names:
         return mesh

@@ -136,6 +136,8 @@ else:
 result = fit_many(plain, splits, mesh=meshes[2], resume=True, **options)
 assert result.best_epochs == (2,) * 4  # so these are the last states
 assert_as_on_one(result.states, devices=2)
+alone = evaluate(result.member(1).state, test)
+np.testing.assert_allclose(on_one[1].logits_NK, alone.logits_NK, rtol=0, atol=2e-3)
 for ours, theirs in zip(result.histories, runs[1].histories, strict=True):
     np.testing.assert_allclose(ours[-1]["val_loss"], theirs[-1]["val_loss"], rtol=1e-4)
 print("agreed")

@@ -278,7 +278,10 @@ def test_evaluation_against_numpy(whole, splits):
     assert np.trace(evaluation.confusion_KK) == hits.sum()
     row, column = examples.labels[~hits][0], logits.argmax(-1)[~hits][0]
     assert evaluation.confusion_KK[row, column] >= 1
-    assert predict(state, examples.images[:3]).shape == (3, 10)
+    names = ("step", "params", "batch_stats")
+    in_numpy = {name: jax.device_get(getattr(state, name)) for name in names}
+    few = predict(dataclasses.replace(state, **in_numpy), examples.images[:3])
+    np.testing.assert_allclose(few, evaluation.logits_NK[:3], rtol=1e-4, atol=1e-4)
     assert math.isclose(evaluation.accuracy, hits.mean())
 
 
