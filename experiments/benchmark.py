@@ -11,6 +11,7 @@ peer, and 99.17% test accuracy in a few seconds where the notebook's recipe take
 import dataclasses
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -64,6 +65,20 @@ class Command:
             raise InputError("rounds, batch_size, keras_epochs and seeds are at least 1")
         if self.peers is not None and not self.peers.exists():
             raise InputError(f"there is no Python at {self.peers}; `make bench` makes one")
+        command_line.named_recipe(self.recipe)
+
+
+def printed(words: list[str]) -> str:
+    """Returns what a process printed.
+
+    Raises:
+      InputError: it failed; its last words are given.
+    """
+    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise InputError(f"{shlex.join(words)[:200]} failed: {last.removeprefix('error: ')}")
+    return run.stdout
 
 
 def race(contenders: dict[str, list[str]], *, batches: int, rounds: int) -> dict[str, list[float]]:
@@ -154,10 +169,7 @@ def time_data(command: Command, data: Path) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as directory:
         words = [sys.executable, "-c", code, directory]
-        prepare, second = (
-            float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-            for _ in range(2)
-        )
+        prepare, second = (float(printed(words)) for _ in range(2))
     batch = command.batch_size
     contenders = {
         name: contender("flax_data.py", data, batch, kind)
@@ -183,7 +195,7 @@ def train(directory: Path, *arguments: object) -> dict[str, Any]:
     """Runs train.py in a process; returns its result.json with the process's own seconds."""
     words = [sys.executable, str(HERE / "train.py"), "--workdir", str(directory)]
     began = time.perf_counter()
-    subprocess.run([*words, *map(str, arguments)], check=True, capture_output=True)
+    printed([*words, *map(str, arguments)])
     whole = time.perf_counter() - began
     return json.loads((directory / "result.json").read_text()) | {"process_seconds": whole}
 
@@ -192,7 +204,7 @@ def time_phases(_command: Command, _data: Path) -> dict[str, Any]:
     """Times the default recipe's whole run, the second of two, from process start to exit."""
     code = "import time; t = time.perf_counter(); import mnist_flax; print(time.perf_counter() - t)"
     words = [sys.executable, "-c", code]
-    imported = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    imported = printed(words)
     with tempfile.TemporaryDirectory() as directory:
         train(Path(directory) / "first", "--epochs", 1)
         result = train(Path(directory) / "second")
@@ -217,8 +229,7 @@ def time_to_accuracy(command: Command, data: Path) -> dict[str, Any]:
     if not command.peers:
         return {"ours": ours}
     words = contender("keras_recipe.py", data, command.keras_epochs, python=command.peers)
-    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in printed(words).splitlines() if line.startswith("{")]
     five = 5 * statistics.mean(row["seconds"] for row in rows)
     return {"ours": ours, "keras": {"epochs": rows, "five_epochs_seconds": five}}
 
@@ -232,8 +243,7 @@ def matrix_product() -> float:
         "    t = time.perf_counter(); f(a, a).block_until_ready(); return time.perf_counter() - t\n"
         "print(2 * 2048**3 / min(once() for _ in range(20)) / 1e9)"
     )
-    words = [sys.executable, "-c", code]
-    return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    return float(printed([sys.executable, "-c", code]))
 
 
 MEASURES = {

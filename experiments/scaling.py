@@ -117,7 +117,7 @@ def contenders(command: Command, recipe: Recipe, splits) -> list[Contender]:
         add("members", "vmap", members, members=members, loop=False)
     for batch in command.batches:
         add("images in a batch", "1 device", batch, devices=1, batch=batch)
-        if cores > 1:
+        if cores > 1 and batch % cores == 0:
             add("images in a batch", f"{cores} devices", batch, batch=batch)
     for devices in range(1, cores + 1):
         if recipe.batch_size % devices == 0:

@@ -8,7 +8,6 @@ train.py; `--versus NAME` compares with another recipe on the same seeds.
 """
 
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -84,6 +83,24 @@ def test_statistics(tests: Sequence[Evaluation]) -> dict[str, Any]:
     }
 
 
+def see(
+    states, examples, *, views: Sequence[Any], mesh, interrupted: Callable[[], bool]
+) -> list[list[Evaluation]]:
+    """Returns what each view shows of all members.
+
+    Raises:
+      Interrupted: `interrupted()` became true between two views.
+    """
+    from mnist_flax.members import evaluate_many
+
+    seen = []
+    for view in tqdm(views, desc="views"):
+        if interrupted():
+            raise Interrupted(states, None)
+        seen.append(evaluate_many(states, examples, mesh=mesh, view=view))
+    return seen
+
+
 def over_views(seen: Sequence[Sequence[Evaluation]]) -> list[Evaluation]:
     """Returns each member's mean over the views; `seen` has a row a view, of all members."""
     return [mixture(views) for views in zip(*seen, strict=True)]
@@ -106,11 +123,10 @@ def run_seeds(
     devices: int | None,
     workdir: Path | None = None,
     resume: bool = False,
-    interrupted: Callable[[], bool] | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Trains and tests each seed; returns a study's numbers and the accuracy of each seed."""
     from mnist_flax.data import load_splits
-    from mnist_flax.fit import never
     from mnist_flax.members import evaluate_many, fit_many, member_mesh
 
     splits = load_splits(
@@ -125,7 +141,7 @@ def run_seeds(
         workdir=workdir,
         resume=resume,
         mesh=mesh,
-        interrupted=interrupted or never,
+        interrupted=interrupted,
     )
     trained = time.perf_counter()
     tests = evaluate_many(result.states, splits.test, mesh=mesh)
@@ -154,13 +170,9 @@ def run_seeds(
         "members": members,
     }
     if own_views := recipe_views(recipe, count=views):
-        look = functools.partial(evaluate_many, result.states, splits.test, mesh=mesh)
-        seen = []
-        for view in tqdm(own_views, desc="views"):
-            if interrupted is not None and interrupted():
-                raise Interrupted(result.states, None)
-            seen.append(look(view=view))
-        averaged = over_views(seen)
+        averaged = over_views(
+            see(result.states, splits.test, views=own_views, mesh=mesh, interrupted=interrupted)
+        )
         study["views"] = {"number": views, **test_statistics(averaged)}
     return study, np.array([test.accuracy for test in tests])
 
@@ -206,7 +218,7 @@ def main(arguments):
     for recipe in recipes.values():
         require_views(recipe, count=command.views)
     workdir = command.workdir or Path("runs") / f"seeds-{name}"
-    if command.resume and not workdir.exists():
+    if command.resume and not (workdir / "members-0").exists():
         raise InputError(f"there is no study to resume in {workdir}; leave out --resume")
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes.values())
     runtime.configure(cpu_devices=command.devices or cores)

@@ -78,7 +78,7 @@ def parse(kind: type[T], arguments: Sequence[str], *, default: T, description: s
     Raises:
       InputError: an option is unknown, or its value unreadable or impossible.
     """
-    if hasattr(default, "recipe"):
+    if isinstance(getattr(default, "recipe", None), Recipe):
         description += f"\n\n--recipe NAME, of {', '.join(RECIPES)}, sets the recipe's fields."
     printed, errors = io.StringIO(), io.StringIO()
     try:

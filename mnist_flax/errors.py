@@ -27,14 +27,14 @@ class CheckpointError(OSError):
 
 
 class Interrupted(Exception):
-    """Training was asked to stop in the middle of an epoch and did, after the step in flight.
+    """Training was asked to stop and did, after the step in flight; or a study, after its training.
 
     Attributes:
       state: the training state after that step.
-      metrics: the training metrics of the epoch so far.
+      metrics: the training metrics of the epoch so far; None where training was done.
     """
 
     def __init__(self, state: Any, metrics: Any):
-        super().__init__(f"training was interrupted after step {state.step.max()}")
+        super().__init__(f"interrupted after step {state.step.max()}")
         self.state = state
         self.metrics = metrics

@@ -228,8 +228,9 @@ def predict(
     N, mesh = len(images_NHWC), mesh_of(state)
     padded = Examples(np.asarray(images_NHWC), np.zeros(N, np.int32))
     images_SBHWC = sharded_batches(padded, mesh=mesh, batch_size=min(N, EVAL_BATCH)).images
+    state = jax.device_put(without_optimizer(state), NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        logits_SBK = _whole_logits(without_optimizer(state), images_SBHWC, view, mesh=mesh)
+        logits_SBK = _whole_logits(state, images_SBHWC, view, mesh=mesh)
     return np.asarray(logits_SBK).reshape(-1, logits_SBK.shape[-1])[:N]
 
 

@@ -442,7 +442,8 @@ def epochs(
       splits: the data; where `splits.train` is `Records` they are streamed, to the same bits. The
         test split is not touched.
       start: the state to continue from, at an epoch's start or within it, with the recipe's
-        optimizer and schedule instead of its own; None begins anew.
+        optimizer and schedule instead of its own; None begins anew. In several processes it must
+        be on the mesh already.
       start_metrics: the metrics so far of the epoch that `start` is in; None at its start.
       mesh: the devices, with an axis "data" over which batches are shared; None takes all.
       progress: whether to draw a progress bar.
@@ -463,7 +464,7 @@ def epochs(
     else:
         state = continued(start, recipe_optimizer(recipe, steps_per_epoch=steps), mesh=mesh)
     zero = zero_metrics(mesh)
-    metrics = zero if start_metrics is None else start_metrics
+    metrics = zero if start_metrics is None else jax.device_put(start_metrics, everywhere)
     val_batches = None
     if recipe.val_size:
         val_batches = sharded_batches(splits.val, mesh=mesh)

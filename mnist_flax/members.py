@@ -672,12 +672,19 @@ def _logits(
 
 
 def mesh_of_members(states: TrainState) -> Mesh:
-    """Returns the mesh that stacked states are divided over, or a new one of all devices."""
+    """Returns the mesh that stacked states are divided over, or one of all devices where none is.
+
+    A slice of a study may be too few for the study's own.
+    """
     own = jnp.asarray(states.step).sharding
-    mesh = own.mesh if isinstance(own, NamedSharding) else None
-    if isinstance(mesh, Mesh) and MEMBER_AXIS in mesh.axis_names:
+    mesh, M = own.mesh if isinstance(own, NamedSharding) else None, len(states.step)
+    if (
+        isinstance(mesh, Mesh)
+        and MEMBER_AXIS in mesh.axis_names
+        and not M % mesh.shape[MEMBER_AXIS]
+    ):
         return mesh
-    return member_mesh(len(states.step))
+    return member_mesh(M)
 
 
 def evaluate_many(

@@ -101,6 +101,7 @@ def conv(
         and single
         and same_type
         and known
+        and lhs.size
         and precision is None
         and out_sharding is None
         and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
@@ -139,7 +140,7 @@ def separable_conv(
     Returns:
       [B, H', W', O], in the inputs' dtype.
     """
-    if not (_on_cpu() and jnp.finfo(x_BHWC.dtype).bits >= 32):
+    if not (_on_cpu() and jnp.finfo(x_BHWC.dtype).bits >= 32 and x_BHWC.size):
         kernel_IJCO = jnp.einsum("ijc,co->ijco", depth_IJC, point_CO)
         return conv(x_BHWC, kernel_IJCO, (1, 1), padding, dimension_numbers=NHWC)
     pads = lax.padtype_to_pads(x_BHWC.shape[1:3], depth_IJC.shape[:2], (1, 1), padding)
@@ -498,7 +499,8 @@ def _relu_norm_pool_bwd(epsilon, window, axis, residuals, cotangents):
     if window > 1:
         through_y = _unpool(through_y, winner, window, relu.shape[1:3])
     through_moments = wide(dmean_C - dvar_C * mean_C) + wide(dvar_C) * relu
-    return jnp.where(relu > 0, through_y + through_moments, 0), dscale_C, dbias_C
+    dx = jnp.where(relu > 0, through_y + through_moments, 0).astype(relu.dtype)
+    return dx, dscale_C, dbias_C
 
 
 _relu_norm_pool.defvjp(_relu_norm_pool_fwd, _relu_norm_pool_bwd)

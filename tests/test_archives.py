@@ -106,6 +106,7 @@ def test_read_idx_reads_raw_and_gzipped_files_whatever_their_name(tmp_path, enco
         (IMAGES[:-1], "truncated: 23 of the 24 bytes"),
         (IMAGES + b"\0", "left over"),
         (struct.pack(">IIII", 0x803, 2**32 - 1, 28, 28), "claims the shape (4294967295, 28, 28)"),
+        (struct.pack(">IIII", 0x803, 0, 2**32 - 1, 2**32 - 1), "claims the shape (0, 4294967295"),
         (ZIPPED[:-9], "cannot be read"),
         (ZIPPED[:-8] + bytes(8), "cannot be read: CRC"),
         (gzip.compress(IMAGES + b"\0", mtime=0), "left over"),

@@ -83,6 +83,7 @@ try:
         interrupted=lambda: next(calls) >= 3)
 except Interrupted as stop:
     assert 0 < int(stop.state.step) < 50
+    half = dict(start=stop.state, start_metrics=stop.metrics)
 else:
     raise AssertionError("it was not interrupted")
 result = fit(plain, splits, workdir=workdir, mesh=data_mesh(2), resume=True, progress=False)
@@ -91,6 +92,10 @@ assert_as_on_one(result.state, devices=2)
 np.testing.assert_allclose(
     result.history[-1]["val_loss"], runs[1][-1].val_loss, rtol=1e-4
 )
+# So does a state within an epoch.
+rest = list(epochs(plain, splits, mesh=data_mesh(2), **half))
+losses = [row["train_loss"] for row in result.history]
+assert [row.train_loss for row in rest] == losses[-len(rest):]
 print("agreed")
 """
 
@@ -136,6 +141,10 @@ else:
 result = fit_many(plain, splits, mesh=meshes[2], resume=True, **options)
 assert result.best_epochs == (2,) * 4  # so these are the last states
 assert_as_on_one(result.states, devices=2)
+some = jax.tree.map(lambda array: array[:3], dataclasses.replace(result.states, key=None))
+some = dataclasses.replace(some, key=jax.random.split(jax.random.key(0), 3))
+for one, other in zip(on_one, evaluate_many(some, test)):
+    np.testing.assert_allclose(one.logits_NK, other.logits_NK, rtol=0, atol=2e-3)
 alone = evaluate(result.member(1).state, test)
 np.testing.assert_allclose(on_one[1].logits_NK, alone.logits_NK, rtol=0, atol=2e-3)
 for ours, theirs in zip(result.histories, runs[1].histories, strict=True):

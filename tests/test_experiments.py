@@ -338,7 +338,7 @@ def test_the_reports_filters_are_the_first_kernels_in_pixels(name):
 def test_an_impossible_study_is_refused_before_any_work(arguments, message, tmp_path):
     jax.devices()  # the backend has started: whatever sets JAX up now would fail
     with pytest.raises(InputError, match=message):
-        seeds.main([*arguments, "--workdir", str(tmp_path / "study")])
+        seeds.main([*arguments, "--workdir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import seeds
 from conftest import MODEL, RECIPE, head
 from test_fit import after, bits, timeless
 
@@ -175,6 +176,15 @@ def test_evaluation_of_many_is_that_of_each(study, splits):
         np.testing.assert_allclose(evaluation.logits_NK, alone.logits_NK, rtol=1e-4, atol=1e-4)
         assert evaluation.total == 1111
     assert not np.allclose(together[0].logits_NK, together[1].logits_NK)
+
+
+def test_views_end_between_two_of_them_when_interrupted(study, splits):
+    states, views = study[0].states, recipe_views(RECIPE, count=3)
+    options = dict(views=views, mesh=member_mesh(3))
+    with pytest.raises(Interrupted):
+        seeds.see(states, head(splits.test, 100), interrupted=after(3), **options)
+    seen = seeds.see(states, head(splits.test, 100), interrupted=after(4), **options)
+    assert [[member.total for member in view] for view in seen] == [[100] * 3] * 3
 
 
 def test_all_members_see_the_same_view(study, splits):

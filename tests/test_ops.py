@@ -185,6 +185,16 @@ def test_conv_hands_whole_numbers_to_lax():
     )
 
 
+@pytest.mark.parametrize("conv", [ops.conv, ops.few_channels_conv])
+def test_a_batch_of_no_images_is_convolved(conv):
+    x, w = jnp.zeros((0, 9, 9, 8)), jnp.zeros((3, 3, 8, 8))
+    y, vjp = jax.vjp(lambda x, w: conv(x, w, (1, 1), "VALID", dimension_numbers=ops.NHWC), x, w)
+    assert y.shape == (0, 7, 7, 8)
+    np.testing.assert_array_equal(vjp(y)[1], np.zeros(w.shape))
+    depth, point = jnp.zeros((3, 3, 8)), jnp.zeros((8, 4))
+    assert ops.separable_conv(x, depth, point, padding="SAME").shape == (0, 9, 9, 4)
+
+
 def test_conv_reads_other_dimension_orders_as_lax_does():
     x, w = normal(3, 4, 8, 7), normal(6, 4, 3, 3)
     expected = value_and_vjp(lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME"), x, w)
