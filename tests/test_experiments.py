@@ -239,7 +239,7 @@ def test_one_process_holds_a_run_until_it_is_killed(few_dir, tmp_path):
 
 
 def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(few_dir, tmp_path):
-    words = script("seeds", *FEW, "--epochs", "8")
+    words = script("seeds", *FEW, "--epochs", "4")
     words += ["--seeds", "3", "--views", "2", "--data-dir", str(few_dir), "--devices", "1"]
     workdir = tmp_path / "runs" / "seeds-default"
     rows = workdir / "members-0" / "metrics.jsonl"
@@ -248,10 +248,10 @@ def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(
     victim.send_signal(signal.SIGTERM)
     assert "continue with the same command and --resume" in victim.communicate()[1]
     assert victim.returncode == 128 + signal.SIGTERM
-    assert 0 < len(rows.read_text().splitlines()) < 24
+    assert 0 < len(rows.read_text().splitlines()) < 12
     run = run_words([*words, "--resume"], cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert len(rows.read_text().splitlines()) == 24
+    assert len(rows.read_text().splitlines()) == 12
     study = json.loads((workdir / "study.json").read_text())["studies"]["default"]
     assert [member["seed"] for member in study["members"]] == [100, 101, 102]
     accuracies = [member["test_accuracy"] for member in study["members"]]
@@ -409,15 +409,16 @@ def test_a_rehearsal_of_the_gpu_study(data_dir, tmp_path):
 
 def test_the_parts_of_the_gpu_study(small):
     """Of a recipe and as many seeds as test_members.py compiles too."""
-    single = gpu_study.single(STOPPING, small, seeds=SEEDS, late=never)
+    single = gpu_study.single(STOPPING, small, seeds=SEEDS[:2], late=never)
     together = gpu_study.study(STOPPING, small, seeds=SEEDS, late=never)
     for part in (single, together):
         accuracies = part["test_accuracies"]
         assert min(accuracies) > 0.3
-        assert len(set(accuracies)) == 3
+        assert len(set(accuracies)) == len(accuracies)
         assert part["mean"] == pytest.approx(statistics.mean(accuracies))
     assert together["deviation"] == pytest.approx(statistics.stdev(together["test_accuracies"]))
-    assert len(single["train_seconds"]) == together["members"] == 3
+    assert len(single["train_seconds"]) == 2
+    assert together["members"] == len(together["test_accuracies"]) == 3
     assert together["diverged"] == 0
 
 

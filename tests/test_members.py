@@ -122,7 +122,7 @@ def test_a_varied_number_is_the_recipes_own(small):
         np.testing.assert_allclose(losses[i], row["train_loss"], rtol=2e-4)
 
 
-@pytest.mark.parametrize("calls", [1, 5, 8])
+@pytest.mark.parametrize("calls", [1, 8])
 def test_interrupted_anywhere_and_resumed_is_the_same_study(study, small, tmp_path, calls):
     run = dict(seeds=SEEDS, workdir=tmp_path, progress=False)
     with pytest.raises(Interrupted) as stop:
