@@ -145,7 +145,8 @@ def _read_stream(stream: IO[bytes] | gzip.GzipFile, path: Path, ndim: int) -> np
         raise InputError(f"{path} is truncated: its header ends after {len(header)} bytes")
     shape = struct.unpack(f">{ndim}I", header[4:])
     size = math.prod(shape)
-    if math.prod(max(length, 1) for length in shape) > _MAX_BYTES:  # numpy minds, 0 or not
+    # numpy refuses lengths whose product is too large, even beside a 0.
+    if math.prod(max(length, 1) for length in shape) > _MAX_BYTES:
         raise InputError(f"{path} claims the shape {shape}, more than {_MAX_BYTES:,} bytes")
     # Grown as the bytes arrive, since the header may promise more than the file holds.
     data = bytearray()
