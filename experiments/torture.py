@@ -26,7 +26,7 @@ from mnist_flax import checkpoint, command_line
 from mnist_flax.data import load_splits
 from mnist_flax.errors import InputError
 from mnist_flax.fit import data_mesh, fresh_progress
-from mnist_flax.recipes import from_dict
+from mnist_flax.recipes import from_dict, to_dict
 from mnist_flax.results import RESULT_FILE
 from mnist_flax.workdir import METRICS_FILE, RECIPE_FILE
 
@@ -149,7 +149,7 @@ def final_arrays(workdir: Path, data_dir: Path | None) -> dict[int, Any]:
     splits = load_splits(recipe.dataset, val_size=recipe.val_size, seed=0, data_dir=data_dir)
     steps = len(splits.train.labels) // recipe.batch_size
     like = fresh_progress(recipe, splits.info, steps=steps, mesh=data_mesh(1))
-    run = checkpoint.identity(recipe, splits.info)
+    run = checkpoint.identity(to_dict(recipe), splits.info)
     arrays = {}
     with checkpoint.open_checkpoints(workdir) as manager:
         for step in manager.all_steps():

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import CheckpointError, InputError
 from mnist_flax.metrics import Metrics
-from mnist_flax.recipes import Recipe, differences, to_dict
+from mnist_flax.recipes import differences
 from mnist_flax.steps import TrainState
 from mnist_flax.stopping import EarlyStopping
 
@@ -108,9 +108,9 @@ def wait(manager: ocp.CheckpointManager) -> None:
         manager.wait_until_finished()
 
 
-def identity(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
-    """Returns what a run trains, and on what, as JSON values: only the same may continue it."""
-    return to_dict(recipe) | {"fingerprint": info.fingerprint}
+def identity(recipe: dict[str, Any], info: DatasetInfo) -> dict[str, Any]:
+    """Returns what is trained, and on what, as JSON values: only the same may continue it."""
+    return recipe | {"fingerprint": info.fingerprint}
 
 
 def save(manager: ocp.CheckpointManager, run: dict[str, Any], progress: Progress) -> None:

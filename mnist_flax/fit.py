@@ -628,7 +628,7 @@ def fit(
             check_shared(workdir)
         steps = splits.train.num_examples // recipe.batch_size
         fresh = fresh_progress(recipe, splits.info, steps=steps, mesh=mesh)
-        run = checkpoint.identity(recipe, splits.info)
+        run = checkpoint.identity(to_dict(recipe), splits.info)
         manager = held.enter_context(checkpoint.open_checkpoints(workdir))
         now = fresh
         if resume:

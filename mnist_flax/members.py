@@ -579,7 +579,7 @@ def fit_many(
         "seeds": [int(seed) for seed in seeds],
         "vary": {name: [float(value) for value in values] for name, values in vary.items()},
     }
-    run = study | {"fingerprint": splits.info.fingerprint}
+    run = checkpoint.identity(study, splits.info)
     workdir = Path(workdir)
     if resume:
         check_same_recipe(workdir, study)
@@ -671,22 +671,6 @@ def _logits(
     return for_each_member(of_member, mesh=mesh)(states, (images_SBHWC, view))
 
 
-def mesh_of_members(states: TrainState) -> Mesh:
-    """Returns the mesh that stacked states are divided over, or one of all devices where none is.
-
-    A slice of a study may be too few for the study's own.
-    """
-    own = jnp.asarray(states.step).sharding
-    mesh, M = own.mesh if isinstance(own, NamedSharding) else None, len(states.step)
-    if (
-        isinstance(mesh, Mesh)
-        and MEMBER_AXIS in mesh.axis_names
-        and not M % mesh.shape[MEMBER_AXIS]
-    ):
-        return mesh
-    return member_mesh(M)
-
-
 def evaluate_many(
     states: TrainState,
     examples: Examples,
@@ -699,10 +683,10 @@ def evaluate_many(
     Args:
       states: stacked states, as `MembersResult` holds them.
       examples: at least one example.
-      mesh: the devices, as in `fit_many`; None takes those that hold the states.
+      mesh: the devices, whichever hold the states; None takes `member_mesh` of all.
       view: how all members see the images; None sees them as they are.
     """
-    mesh, N = mesh or mesh_of_members(states), examples.num_examples
+    mesh, N = mesh or member_mesh(len(states.step)), examples.num_examples
     by_member = NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))
     states = jax.device_put(without_optimizer(states), by_member)
     images_SBHWC = sharded_batches(examples, mesh=mesh).images

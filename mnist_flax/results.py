@@ -173,7 +173,7 @@ def load_run(workdir: Path) -> Run:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error!r}") from None
     like = fresh_progress(recipe, info, steps=1, mesh=data_mesh(1))
-    own = checkpoint.identity(recipe, info)
+    own = checkpoint.identity(to_dict(recipe), info)
     with checkpoint.open_checkpoints(workdir) as manager:
         step = manager.latest_step()
         if step is None:

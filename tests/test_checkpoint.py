@@ -19,7 +19,7 @@ from test_fit import after, assert_same_run, bits, timeless
 from mnist_flax import checkpoint
 from mnist_flax.errors import CheckpointError, InputError, Interrupted
 from mnist_flax.fit import data_mesh, fit, fresh_progress
-from mnist_flax.recipes import PlateauConfig
+from mnist_flax.recipes import PlateauConfig, to_dict
 
 # Orbax abandons the other reads of a damaged checkpoint, and their event loop with them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -32,7 +32,7 @@ def like(small):
 
 @pytest.fixture(scope="module")
 def run(small):
-    return checkpoint.identity(RECIPE, small.info)
+    return checkpoint.identity(to_dict(RECIPE), small.info)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_torn_metrics_are_mended(whole, small, tmp_path):
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(whole, small, like):
-    other = checkpoint.identity(dataclasses.replace(RECIPE, epochs=4), small.info)
+    other = checkpoint.identity(to_dict(RECIPE) | {"epochs": 4}, small.info)
     with (
         checkpoint.open_checkpoints(whole[1]) as manager,
         pytest.raises(InputError, match="epochs: 3 -> 4"),

@@ -115,7 +115,7 @@ vary = {"label_smoothing": [0.0, 0.0, 0.1, 0.1]}
 options = dict(seeds=range(4), vary=vary, progress=False)
 runs = {n: fit_many(plain, splits, mesh=meshes[n], **options) for n in (1, 8)}
 test = Examples(splits.test.images[:2000], splits.test.labels[:2000])
-on_one = evaluate_many(runs[1].states, test)
+on_one = evaluate_many(runs[1].states, test, mesh=meshes[1])
 
 def assert_as_on_one(states, *, devices):
     assert len(states.step.sharding.device_set) == devices
@@ -124,7 +124,7 @@ def assert_as_on_one(states, *, devices):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5),
         host(runs[1].states), host(states),
     )
-    tests = evaluate_many(states, test)
+    tests = evaluate_many(states, test, mesh=meshes[devices])
     for one, other in zip(on_one, tests, strict=True):
         np.testing.assert_allclose(one.logits_NK, other.logits_NK, rtol=0, atol=2e-3)
 
