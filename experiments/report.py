@@ -172,11 +172,15 @@ def saliency(state, images_BHWC, labels_B) -> np.ndarray:
 def first_filters(state, *, patch: int) -> np.ndarray:
     """Returns the first convolution's kernels in pixels, [O, k * patch, k * patch].
 
-    Of the first channel of the images; a patch's pixels lie in its channels.
+    Of the first channel of the images, and of the first column; a patch's pixels lie in its
+    channels.
     """
+    from mnist_flax.model import Columns
     from mnist_flax.steps import to_model
 
-    kernel = np.asarray(to_model(state).convs[0].kernel[...])
+    model = to_model(state)
+    first: Any = model.columns[0] if isinstance(model, Columns) else model
+    kernel = np.asarray(first.convs[0].kernel[...])
     k, _, inputs, outputs = kernel.shape
     blocks = kernel.reshape(k, k, patch, patch, inputs // patch**2, outputs)[:, :, :, :, 0]
     return blocks.transpose(4, 0, 2, 1, 3).reshape(outputs, k * patch, k * patch)

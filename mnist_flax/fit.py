@@ -226,6 +226,7 @@ def train_steps(
     stop: jax.Array,
     *,
     augment: Augment | None,
+    augment_steps: int | None = None,
     label_smoothing: float | jax.Array,
     dropout_rate: float | jax.Array | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -243,6 +244,7 @@ def train_steps(
       start: first batch to train on.
       stop: the batch after the last.
       augment: as in `train_step`.
+      augment_steps: as in `train_step`.
       label_smoothing: as in `train_step`.
       dropout_rate: as in `train_step`.
     """
@@ -255,6 +257,7 @@ def train_steps(
             state,
             batch,
             augment=augment,
+            augment_steps=augment_steps,
             label_smoothing=label_smoothing,
             dropout_rate=dropout_rate,
         )
@@ -342,11 +345,13 @@ def compile_programs(
     window: Window,
     val_batches: Examples | None,
     *,
+    steps: int,
     mesh: Mesh,
 ) -> Programs:
     """Compiles training and validation for arrays like these, on a mesh; runs nothing."""
     began = time.perf_counter()
-    steps_of_epoch = functools.partial(train_steps, **step_options(recipe))
+    options = step_options(recipe, steps_per_epoch=steps)
+    steps_of_epoch = functools.partial(train_steps, **options)
     everywhere = jax.tree.map(lambda array: array.sharding, (state, metrics))
     train = jax.jit(steps_of_epoch, donate_argnums=0, out_shardings=everywhere)
     evaluate = None
@@ -493,7 +498,7 @@ def epochs(
         compiled = 0.0
         if programs is None:
             programs = compile_programs(
-                recipe, state, metrics, feed(done, 0), val_batches, mesh=mesh
+                recipe, state, metrics, feed(done, 0), val_batches, steps=steps, mesh=mesh
             )
             compiled = programs.seconds
         began = time.perf_counter()

@@ -192,6 +192,8 @@ def member_recipes(
             raise InputError(
                 f"{name!r} cannot differ by member; choose from {', '.join(TRACEABLE)}"
             )
+        if name == "model.dropout" and recipe.columns:
+            raise InputError(f"{name} is one column's; it cannot differ by member beside others")
         if len(values) != len(seeds):
             raise InputError(f"vary {name} has {len(values)} values for {len(seeds)} seeds")
     return tuple(
@@ -317,7 +319,7 @@ def compile_programs(
             indices_SB,
             start,
             jnp.where(active, stop, start),
-            **step_options(recipe, traced=own),
+            **step_options(recipe, steps_per_epoch=steps, traced=own),
         )
         return dataclasses.replace(state, optimizer=optimizer), metrics
 

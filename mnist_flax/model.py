@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -436,3 +437,59 @@ class CNN(nnx.Module):
                 raise InputError(f"Dropout of {rate} needs a key in training; give one")
             features_BF = dropout(key, features_BF, rate=rate)
         return at_least_float32(self.head(features_BF))
+
+
+class Columns(nnx.Module):
+    """Networks side by side, of which each learns by itself; their probabilities are averaged.
+
+    Ciresan, Meier and Schmidhuber (2012, arXiv 1202.2745) call it a multi-column network. In
+    training a batch is dealt out, column j of J taking the examples j, J + j, 2 J + j, ...: so each
+    column has a loss of its own. With one loss for all they would come to lean on each other, and
+    be hardly better than one of them.
+    """
+
+    def __init__(self, columns: Sequence[CNN]):
+        """Puts networks of images of one shape side by side."""
+        self.columns = nnx.List(columns)
+
+    def prepare(self, images_BHWC: jax.Array) -> jax.Array:
+        """Returns float images in [0, 1] as each column takes them, side by side in channels."""
+        return jnp.concatenate([column.prepare(images_BHWC) for column in self.columns], axis=-1)
+
+    def features(self, images_BHWC: jax.Array) -> jax.Array:
+        """Returns the activations [B, F] that the columns' classifiers see, side by side."""
+        seen = jnp.split(images_BHWC, len(self.columns), axis=-1)
+        pairs = zip(self.columns, seen, strict=True)
+        return jnp.concatenate([column.features(images) for column, images in pairs], axis=-1)
+
+    def __call__(
+        self,
+        images_BHWC: jax.Array,
+        *,
+        train: bool = False,
+        key: jax.Array | None = None,
+        dropout_rate: float | jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns logits [B, K]: the log of the columns' mean probability; in training, own ones.
+
+        Args:
+          images_BHWC: images as `prepare` returns them; in training B is a multiple of J.
+          train: as in `CNN`.
+          key: as in `CNN`.
+          dropout_rate: as in `CNN`; the same for all columns.
+        """
+        J = len(self.columns)
+        seen = jnp.split(images_BHWC, J, axis=-1)
+        if not train:
+            logs = [
+                jax.nn.log_softmax(column(x)) for column, x in zip(self.columns, seen, strict=True)
+            ]
+            return jax.nn.logsumexp(jnp.stack(logs), axis=0) - math.log(J)
+        # Neighbours, not halves: of a batch that devices share, each deals out its own part.
+        dealt = [x.reshape(-1, J, *x.shape[1:])[:, j] for j, x in enumerate(seen)]
+        keys = [None] * J if key is None else jax.random.split(key, J)
+        logits = [
+            column(x, train=True, key=key, dropout_rate=dropout_rate)
+            for column, x, key in zip(self.columns, dealt, keys, strict=True)
+        ]
+        return jnp.stack(logits, axis=1).reshape(len(images_BHWC), -1)

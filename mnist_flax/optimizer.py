@@ -66,7 +66,8 @@ def muon_dimensions(params: optax.Params) -> optax.Params:
     """
 
     def dimensions(path, param):
-        if param.ndim < 2 or path[0].key == "head":
+        names = [getattr(part, "key", None) for part in path]
+        if param.ndim < 2 or "head" in names:
             return None
         inputs = tuple(range(param.ndim - 1))
         return optax.contrib.MuonDimensionNumbers(inputs, param.ndim - 1)

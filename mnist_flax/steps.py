@@ -122,6 +122,7 @@ def train_step(
     batch: Examples,
     *,
     augment: Augment | None = None,
+    augment_steps: int | None = None,
     label_smoothing: float | jax.Array = 0.0,
     dropout_rate: float | jax.Array | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -133,6 +134,8 @@ def train_step(
       augment: `augment(key, images_BHWC) -> images_BHWC` on float images, such as
         `functools.partial(random_affine, rotate=10)`, after the model's own `prepare`; None trains
         on the images as they are.
+      augment_steps: the first steps of the run, in which images are augmented; None augments in
+        all.
       label_smoothing: the share of each target that is spread evenly over the classes, in [0, 1).
       dropout_rate: Dropout's rate, in [0, 1); None for the model's own.
 
@@ -142,7 +145,12 @@ def train_step(
     """
     images_BHWC = prepared(to_model(state), batch.images)
     if augment is not None:
-        images_BHWC = augment(draw_key(state.key, Purpose.AUGMENT, state.step), images_BHWC)
+        key = draw_key(state.key, Purpose.AUGMENT, state.step)
+        augmented_BHWC = augment(key, images_BHWC)
+        if augment_steps is None:
+            images_BHWC = augmented_BHWC
+        else:
+            images_BHWC = jnp.where(state.step < augment_steps, augmented_BHWC, images_BHWC)
 
     def loss_fn(params):
         model = to_model(dataclasses.replace(state, params=params))

@@ -71,7 +71,8 @@ for n in (1, 8):
         shared = jax.device_put(images, by_batch)
         augmented[n] = np.asarray(jax.jit(augment, out_shardings=by_batch)(key, shared))
 np.testing.assert_array_equal(augmented[1], augmented[8])
-with_augmentation = {n: next(epochs(recipe, splits, mesh=data_mesh(n))) for n in (1, 8)}
+beside = dataclasses.replace(recipe, columns=(recipe.model,))  # devices deal out their own parts
+with_augmentation = {n: next(epochs(beside, splits, mesh=data_mesh(n))) for n in (1, 8)}
 losses = [result.train_loss for result in with_augmentation.values()]
 np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
 
@@ -177,7 +178,7 @@ indices_SB = jax.jit(order, out_shardings=by_batch)(jax.random.key(1))
 def parameters(recipe, stride):
     state = initial_state(recipe, splits.info, steps=STEPS, mesh=mesh)
     program = compile_programs(
-        recipe, state, zero, Window(train, indices_SB, 0, 1), None, mesh=mesh
+        recipe, state, zero, Window(train, indices_SB, 0, 1), None, steps=STEPS, mesh=mesh
     ).train
     now = state, jax.tree.map(jax.numpy.copy, zero)
     for start in range(0, STEPS, stride):

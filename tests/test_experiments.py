@@ -41,7 +41,7 @@ from mnist_flax.evaluate import Evaluation, evaluate, fit_temperature
 from mnist_flax.fit import data_mesh, never
 from mnist_flax.members import MembersResult
 from mnist_flax.model import CNN, space_to_depth
-from mnist_flax.recipes import RECIPES, Recipe, differences, from_dict, to_dict
+from mnist_flax.recipes import RECIPES, AffineConfig, Recipe, differences, from_dict, to_dict
 from mnist_flax.results import load_run
 from mnist_flax.steps import create_state
 from mnist_flax.workdir import claim
@@ -418,6 +418,8 @@ def test_the_parts_of_the_gpu_study(small):
         assert part["mean"] == pytest.approx(statistics.mean(accuracies))
     assert together["deviation"] == pytest.approx(statistics.stdev(together["test_accuracies"]))
     assert len(single["train_seconds"]) == 2
+    assert single["images_per_second"] > 0
+    assert gpu_study.images(STOPPING, small) == 12 * (small.train.num_examples // 50) * 50
     assert together["members"] == len(together["test_accuracies"]) == 3
     assert together["diverged"] == 0
 
@@ -430,7 +432,7 @@ def test_the_time_to_an_accuracy_is_the_quickest_networks():
     }
     times = gpu_study.times_to((0.99, 0.995, 0.999), singles)
     assert [row.get("part") for row in times] == ["quick", "slow", None]
-    assert [row.get("seconds") for row in times] == [1.0, 8.0, None]
+    assert [row.get("seconds") for row in times] == [1.5, 8.5, None]
 
 
 def test_sweep_chooses_on_validation_and_trains_the_winner_anew(few_dir, tmp_path):
@@ -607,9 +609,40 @@ def test_recipes_survive_json(name):
     assert from_dict(json.loads(json.dumps(to_dict(RECIPES[name])))) == RECIPES[name]
 
 
+def test_a_recipe_of_before_a_field_is_the_one_of_its_default():
+    older = to_dict(RECIPES["quick"])
+    del older["columns"], older["plain_share"]
+    assert from_dict(older) == RECIPES["quick"]
+    assert differences(older, to_dict(RECIPES["quick"])) == []
+    changed = dataclasses.replace(RECIPES["fast"], plain_share=0.1)
+    del (older := to_dict(RECIPES["fast"]))["plain_share"]
+    assert differences(older, to_dict(changed)) == ["plain_share: 0.0 -> 0.1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": (RECIPES["fast"].model,), "batch_size": 25}, "25, which 2 columns cannot"),
+        ({"plain_share": 1.0}, "plain_share is 1.0"),
+        ({"plain_share": 0.1, "augment": AffineConfig()}, "images are never augmented"),
+    ],
+)
+def test_impossible_columns_and_shares(changes, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(RECIPES["fast"], **changes)
+
+
 @pytest.mark.parametrize(
     "values",
-    [{"epoch": 3}, {"epochs": "3"}, {"model": 3}, {"model": {"widths": 3}}, {"seed": None}],
+    [
+        {"columns": 3},
+        {"columns": [{"width": 3}]},
+        {"epoch": 3},
+        {"epochs": "3"},
+        {"model": 3},
+        {"model": {"widths": 3}},
+        {"seed": None},
+    ],
 )
 def test_a_damaged_recipe_is_an_input_error(values):
     with pytest.raises(InputError):

@@ -7,6 +7,7 @@ import math
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -31,7 +32,7 @@ from mnist_flax.recipes import (
     recipe_views,
 )
 from mnist_flax.results import digest, load_run, write_results
-from mnist_flax.steps import Purpose, draw_key, eval_logits, to_float
+from mnist_flax.steps import Purpose, draw_key, eval_logits, prepared, to_float, to_model
 
 
 def bits(state):
@@ -204,6 +205,31 @@ def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(whole, small)
     other = dataclasses.replace(RECIPE, optimizer=OptimizerConfig("adamw", momentum=None))
     with pytest.raises(InputError, match="another kind of optimizer"):
         next(epochs(other, small, start=whole[0].state))
+
+
+def test_the_last_share_of_a_run_is_not_augmented(small):
+    """As if a recipe without augmentation had gone on from there."""
+    ending = dataclasses.replace(RECIPE, epochs=2, plain_share=0.5)
+    first = next(epochs(dataclasses.replace(ending, plain_share=0.0), small))
+    plain = dataclasses.replace(ending, plain_share=0.0, augment=AffineConfig())
+    (second,) = epochs(plain, small, start=first.state)
+    ends = [result.train_loss for result in epochs(ending, small)]
+    np.testing.assert_allclose(ends, [first.train_loss, second.train_loss], rtol=1e-4)
+
+
+def test_each_column_learns(small):
+    """From its own share of every batch; `fit_many` trains the same."""
+    columns = (dataclasses.replace(MODEL, normalize=True),)
+    muon = OptimizerConfig("muon", learning_rate=0.2, ns_steps=2, adam_ratio=0.1)
+    recipe = dataclasses.replace(RECIPE, augment=AffineConfig(), columns=columns, optimizer=muon)
+    state = fit(recipe, small, progress=False).state
+    model = to_model(state)
+    seen = jnp.split(prepared(model, small.val.images), 2, axis=-1)
+    for column, images_BHWC in zip(model.columns, seen, strict=True):
+        accuracy = (column(images_BHWC).argmax(-1) == small.val.labels).mean()
+        assert accuracy > 0.6
+    (member,) = [fit_many(recipe, small, seeds=[recipe.seed], progress=False).member(0)]
+    jax.tree.map(np.testing.assert_array_equal, bits(state), bits(member.state))
 
 
 def test_divergence_stops_the_run(small, tmp_path):

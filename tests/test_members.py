@@ -203,6 +203,9 @@ def test_bad_input_is_refused_before_anything_is_written(small, study, data_dir,
     refuse("seeds is empty", seeds=())
     refuse("'epochs' cannot differ by member", vary={"epochs": [1, 2]})
     refuse("has 3 values for 2 seeds", vary={"label_smoothing": [0.0, 0.1, 0.2]})
+    beside = dataclasses.replace(STOPPING, columns=(MODEL,))
+    with pytest.raises(InputError, match="is one column's"):
+        fit_many(beside, small, seeds=(0, 1), vary={"model.dropout": [0.0, 0.1]})
     refuse("label_smoothing is 1.5", vary={"label_smoothing": [0.0, 1.5]})
     refuse("has no number 'optimizer.adam_ratio'", vary={"optimizer.adam_ratio": [0.1, 0.2]})
     refuse("no run to resume", resume=True)

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 
 from mnist_flax.errors import InputError
 from mnist_flax.model import (
     CNN,
     CNNConfig,
+    Columns,
     SeparableConv,
     derivative_patterns,
     feature_shape,
@@ -52,6 +54,66 @@ def test_other_images_and_classes():
     config = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(), patch=2)
     model = CNN(config, image_shape=(12, 8, 3), num_classes=7, rngs=nnx.Rngs(0))
     assert model(images(2, (12, 8, 3))).shape == (2, 7)
+
+
+SMALL = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(), dropout=0.0, patch=2)
+
+
+@functools.partial(jax.jit, static_argnames=("train", "both"))
+def columns_and_both(x, key, *, train, both):
+    """Returns what two columns give, each by itself and together, and all running means.
+
+    The first is of normalized images.
+    """
+
+    def columns():
+        configs = (dataclasses.replace(SMALL, normalize=True), SMALL)
+        return [CNN(config, rngs=nnx.Rngs(seed)) for seed, config in enumerate(configs)]
+
+    if both:
+        together = Columns(columns())
+        x = together.prepare(x)
+        outputs = together(x, train=train, key=key)
+        return outputs, [column.norms[0].mean[...] for column in together.columns], x
+    seen = [column.prepare(x) for column in columns()]
+    dealt = [images[j::2] for j, images in enumerate(seen)] if train else seen
+    pairs = zip(made := columns(), dealt, strict=True)
+    outputs = [column(images, train=train) for column, images in pairs]
+    return outputs, [column.norms[0].mean[...] for column in made], jnp.concatenate(seen, -1)
+
+
+def test_columns_average_their_probabilities():
+    own, _, seen = columns_and_both(images(4), None, train=False, both=False)
+    logits, _, x = columns_and_both(images(4), None, train=False, both=True)
+    np.testing.assert_allclose(x, seen, atol=1e-6)
+    assert np.abs(x[..., 0] - x[..., 1]).max() > 0.1
+    assert (logits.shape, logits.dtype) == ((4, 10), jnp.float32)
+    probabilities = [scipy.special.softmax(np.asarray(each, np.float64), axis=-1) for each in own]
+    np.testing.assert_allclose(np.exp(logits), np.mean(probabilities, axis=0), rtol=1e-5)
+
+
+def test_columns_are_dealt_the_examples_of_a_training_batch():
+    own, own_means, _ = columns_and_both(images(6), None, train=True, both=False)
+    logits, means, _ = columns_and_both(images(6), None, train=True, both=True)
+    for j in range(2):
+        np.testing.assert_allclose(logits[j::2], own[j], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(means[j], own_means[j], rtol=1e-5)
+
+
+def test_columns_draw_their_own_dropout():
+    config = dataclasses.replace(SMALL, dropout=0.5)
+
+    @jax.jit
+    def logits(x, key):
+        one = CNN(config, rngs=nnx.Rngs(0))
+        together = Columns([one, one])
+        return together(together.prepare(x), train=True, key=key)
+
+    twice = jnp.repeat(images(1), 2, axis=0)
+    first, second = logits(twice, jax.random.key(0))
+    assert np.abs(first - second).max() > 0.1
+    with pytest.raises(InputError, match="needs a key"):
+        logits(twice, None)
 
 
 def test_batch_statistics_against_numpy():

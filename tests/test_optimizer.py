@@ -89,6 +89,11 @@ def test_a_newton_schulz_iteration_by_hand():
     np.testing.assert_allclose(actual, -expected, rtol=1e-4, atol=1e-5)
 
 
+def test_muon_leaves_the_classifier_of_every_column_to_adam():
+    dimensions = muon_dimensions({"columns": [PARAMS, PARAMS]})
+    assert dimensions == {"columns": [muon_dimensions(PARAMS)] * 2}
+
+
 def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
     dimensions = muon_dimensions(PARAMS)
     assert dimensions["convs"]["kernel"] == ((0, 1, 2), 3)

@@ -133,6 +133,24 @@ def test_images_are_normalized_before_they_are_augmented(batch):
         np.testing.assert_allclose(*logits, rtol=0, atol=1e-3)
 
 
+def test_augmentation_ends_after_its_steps(batch):
+    """Two steps: the first of augmented images, the second of images as they are."""
+
+    def shift(_, images_BHWC):
+        return jnp.roll(images_BHWC, 4, axis=1)
+
+    def two_steps(*options):
+        state, losses = make_state(), []
+        for own in options:
+            state, metrics = jax.jit(functools.partial(train_step, **own))(state, batch)
+            losses.append(metrics.loss)
+        return losses
+
+    bounded = two_steps(*[{"augment": shift, "augment_steps": 1}] * 2)
+    np.testing.assert_allclose(bounded, two_steps({"augment": shift}, {}), rtol=1e-5)
+    assert abs(bounded[1] - two_steps(*[{"augment": shift}] * 2)[1]) > 1e-3
+
+
 def test_the_plateau_scale_multiplies_the_update(batch):
     state = make_state()
     halved = dataclasses.replace(state, plateau=state.plateau._replace(scale=jnp.float32(0.5)))

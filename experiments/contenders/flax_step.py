@@ -81,7 +81,7 @@ def ours(examples: Examples, batch_size: int):
     spec = jax.sharding.PartitionSpec(None, "data")
     indices_SB = jax.device_put(rows_SB, jax.sharding.NamedSharding(mesh, spec))
     feed = resident_feed(jax.device_put(examples, everywhere), indices_SB)
-    programs = compile_programs(recipe, state, metrics, feed(0, 0), None, mesh=mesh)
+    programs = compile_programs(recipe, state, metrics, feed(0, 0), None, steps=steps, mesh=mesh)
 
     def train(steps):
         nonlocal state
