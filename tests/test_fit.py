@@ -219,13 +219,18 @@ def test_the_last_share_of_a_run_is_not_augmented(small):
 
 def test_each_column_learns(small):
     """From its own share of every batch; `fit_many` trains the same."""
-    columns = (dataclasses.replace(MODEL, normalize=True),)
-    muon = OptimizerConfig("muon", learning_rate=0.2, ns_steps=2, adam_ratio=0.1)
-    recipe = dataclasses.replace(RECIPE, augment=AffineConfig(), columns=columns, optimizer=muon)
+    model = dataclasses.replace(MODEL, hidden=())
+    recipe = dataclasses.replace(
+        RECIPE,
+        augment=AffineConfig(),
+        model=model,
+        columns=(dataclasses.replace(model, normalize=True),),
+        optimizer=OptimizerConfig("muon", learning_rate=0.2, ns_steps=2, adam_ratio=0.1),
+    )
     state = fit(recipe, small, progress=False).state
-    model = to_model(state)
-    seen = jnp.split(prepared(model, small.val.images), 2, axis=-1)
-    for column, images_BHWC in zip(model.columns, seen, strict=True):
+    network = to_model(state)
+    seen = jnp.split(prepared(network, small.val.images), 2, axis=-1)
+    for column, images_BHWC in zip(network.columns, seen, strict=True):
         accuracy = (column(images_BHWC).argmax(-1) == small.val.labels).mean()
         assert accuracy > 0.6
     (member,) = [fit_many(recipe, small, seeds=[recipe.seed], progress=False).member(0)]
