@@ -470,21 +470,29 @@ class Columns(nnx.Module):
         key: jax.Array | None = None,
         dropout_rate: float | jax.Array | None = None,
     ) -> jax.Array:
-        """Returns logits [B, K]: the log of the columns' mean probability; in training, own ones.
+        """Returns logits [B, K]: the log of the columns' mean probability.
+
+        In training each row is of the column that was dealt the example, so the training loss and
+        accuracy are the columns' own.
 
         Args:
           images_BHWC: images as `prepare` returns them; in training B is a multiple of J.
           train: as in `CNN`.
           key: as in `CNN`.
           dropout_rate: as in `CNN`; the same for all columns.
+
+        Raises:
+          InputError: the columns cannot share a training batch evenly, or Dropout has no key.
         """
-        J = len(self.columns)
+        B, J = len(images_BHWC), len(self.columns)
         seen = jnp.split(images_BHWC, J, axis=-1)
         if not train:
             logs = [
                 jax.nn.log_softmax(column(x)) for column, x in zip(self.columns, seen, strict=True)
             ]
             return jax.nn.logsumexp(jnp.stack(logs), axis=0) - math.log(J)
+        if B % J:
+            raise InputError(f"a training batch of {B} cannot be dealt to {J} columns evenly")
         # Neighbours, not halves: of a batch that devices share, each deals out its own part.
         dealt = [x.reshape(-1, J, *x.shape[1:])[:, j] for j, x in enumerate(seen)]
         keys = [None] * J if key is None else jax.random.split(key, J)
@@ -492,4 +500,4 @@ class Columns(nnx.Module):
             column(x, train=True, key=key, dropout_rate=dropout_rate)
             for column, x, key in zip(self.columns, dealt, keys, strict=True)
         ]
-        return jnp.stack(logits, axis=1).reshape(len(images_BHWC), -1)
+        return jnp.stack(logits, axis=1).reshape(B, -1)

@@ -40,7 +40,7 @@ from mnist_flax.errors import InputError
 from mnist_flax.evaluate import Evaluation, evaluate, fit_temperature
 from mnist_flax.fit import data_mesh, never
 from mnist_flax.members import MembersResult
-from mnist_flax.model import CNN, space_to_depth
+from mnist_flax.model import CNN, Columns, space_to_depth
 from mnist_flax.recipes import RECIPES, AffineConfig, Recipe, differences, from_dict, to_dict
 from mnist_flax.results import load_run
 from mnist_flax.steps import create_state
@@ -315,6 +315,9 @@ def test_the_reports_filters_are_the_first_kernels_in_pixels(name):
     state = create_state(jax.random.key(0), model, optax.sgd(0.1))
     filters_OHW = report.first_filters(state, patch=patch)
     assert filters_OHW.shape == (config.widths[0], 3 * patch, 3 * patch)
+    columns = Columns([model, CNN(config, rngs=nnx.Rngs(1))])
+    beside = create_state(jax.random.key(0), columns, optax.sgd(0.1))
+    np.testing.assert_array_equal(report.first_filters(beside, patch=patch), filters_OHW)
     bright = [(14, 14), (15, 14), (14, 15)]  # of different places in a patch
     images = np.zeros((3, 28, 28, 1), np.float32)
     images[np.arange(3), *np.transpose(bright)] = 1
@@ -422,6 +425,14 @@ def test_the_parts_of_the_gpu_study(small):
     assert gpu_study.images(STOPPING, small) == 12 * (small.train.num_examples // 50) * 50
     assert together["members"] == len(together["test_accuracies"]) == 3
     assert together["diverged"] == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_precision_is_every_columns(precision):
+    before = jax.config.jax_default_matmul_precision
+    recipe = gpu_study.at_precision(RECIPES["accurate"], precision)
+    jax.config.update("jax_default_matmul_precision", before)
+    assert [config.precision for config in (recipe.model, *recipe.columns)] == [precision] * 2
 
 
 def test_the_time_to_an_accuracy_is_the_quickest_networks():

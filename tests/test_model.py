@@ -98,6 +98,8 @@ def test_columns_are_dealt_the_examples_of_a_training_batch():
     for j in range(2):
         np.testing.assert_allclose(logits[j::2], own[j], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(means[j], own_means[j], rtol=1e-5)
+    with pytest.raises(InputError, match="a training batch of 3 cannot be dealt to 2"):
+        columns_and_both(images(3), None, train=True, both=True)
 
 
 def test_columns_draw_their_own_dropout():
