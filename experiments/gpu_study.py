@@ -76,10 +76,10 @@ def at_precision(recipe: Recipe, precision: Precision) -> Recipe:
     return dataclasses.replace(recipe, model=model, columns=tuple(columns))
 
 
-def images(recipe: Recipe, splits) -> int:
-    """Returns how many images one network trains on, epochs counted."""
+def images(recipe: Recipe, splits, *, epochs: int) -> int:
+    """Returns how many images so many epochs train on."""
     steps = splits.train.num_examples // recipe.batch_size
-    return recipe.epochs * steps * recipe.batch_size
+    return epochs * steps * recipe.batch_size
 
 
 def single(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> dict[str, Any]:
@@ -87,15 +87,16 @@ def single(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) ->
     from mnist_flax.evaluate import evaluate
     from mnist_flax.fit import data_mesh, fit
 
-    seconds, accuracies = [], []
+    seconds, rates, accuracies = [], [], []
     for seed in seeds:
         seeded = dataclasses.replace(recipe, seed=seed)
         result = fit(seeded, splits, mesh=data_mesh(1), progress=False, interrupted=late)
         seconds.append(sum(row["train_seconds"] for row in result.history))
+        rates.append(images(recipe, splits, epochs=len(result.history)) / seconds[-1])
         accuracies.append(evaluate(result.state, splits.test).accuracy)
     return {
         "train_seconds": seconds,
-        "images_per_second": images(recipe, splits) / statistics.median(seconds),
+        "images_per_second": statistics.median(rates),
         "compile_seconds": result.history[0]["compile_seconds"],
         "test_accuracies": accuracies,
         "mean": sum(accuracies) / len(accuracies),
@@ -140,7 +141,7 @@ def study(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> 
         "members": len(seeds),
         "fit_seconds": fitted - began,
         "train_seconds": train_seconds,
-        "images_per_second": len(seeds) * images(recipe, splits) / train_seconds,
+        "images_per_second": images(recipe, splits, epochs=len(rows)) / train_seconds,
         "compile_seconds": sum(row["compile_seconds"] for row in rows),
         "test_seconds": time.perf_counter() - fitted,
         **seeds_script.statistics(accuracies),

@@ -142,8 +142,10 @@ def search(tried: list[dict[str, float]], command: Command, splits) -> np.ndarra
 
     accuracies = np.zeros((len(tried), command.seeds))
     members = list(itertools.product(range(len(tried)), range(command.seeds)))
-    together = [name for name in tried[0] if name in TRACEABLE]
-    apart = [name for name in tried[0] if name not in TRACEABLE]
+    # Members that differ in Dropout differ in every column's.
+    alike = {"model.dropout"} if command.recipe.columns else set()
+    together = [name for name in tried[0] if name in TRACEABLE and name not in alike]
+    apart = [name for name in tried[0] if name not in together]
     for values in dict.fromkeys(tuple(point[name] for name in apart) for point in tried):
         fixed = dict(zip(apart, values, strict=True))
         here = [(row, seed) for row, seed in members if fixed.items() <= tried[row].items()]

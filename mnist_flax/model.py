@@ -484,7 +484,7 @@ class Columns(nnx.Module):
         Raises:
           InputError: the columns cannot share a training batch evenly, or Dropout has no key.
         """
-        B, J = len(images_BHWC), len(self.columns)
+        B, J = images_BHWC.shape[0], len(self.columns)
         seen = jnp.split(images_BHWC, J, axis=-1)
         if not train:
             logs = [
@@ -493,6 +493,7 @@ class Columns(nnx.Module):
             return jax.nn.logsumexp(jnp.stack(logs), axis=0) - math.log(J)
         if B % J:
             raise InputError(f"a training batch of {B} cannot be dealt to {J} columns evenly")
+        # What `prepare` and the augmentation made of the others' examples is dropped.
         # Neighbours, not halves: of a batch that devices share, each deals out its own part.
         dealt = [x.reshape(-1, J, *x.shape[1:])[:, j] for j, x in enumerate(seen)]
         keys = [None] * J if key is None else jax.random.split(key, J)

@@ -189,12 +189,13 @@ class Recipe:
       epochs: epochs to train, at most.
       batch_size: examples in a training step; a last partial batch is left out of its epoch.
       label_smoothing: the share of each target that is spread evenly over classes, in [0, 1).
-      plain_share: the share of the run's steps, its last ones, in which images are not augmented,
-        in [0, 1). The network ends on images such as it will be tested on (He et al. 2019,
-        arXiv 1909.09148).
+      plain_share: the share of the steps of all `epochs`, the last ones, in which images are not
+        augmented, in [0, 1): the network ends on images such as it will be tested on (He et al.
+        2019, arXiv 1909.09148), unless it stops early. 0 where the augmentation's ranges are.
       model: the architecture.
       columns: further networks beside `model`, each of which trains on its own share of every
-        batch; the probabilities of all are averaged (`mnist_flax.model.Columns`).
+        batch; the probabilities of all are averaged (`mnist_flax.model.Columns`). On the command
+        line they can be changed (`--columns.0.dropout`), not added.
       augment: the augmentation's ranges.
       optimizer: the optimizer.
       schedule: the learning rate's course.
@@ -494,7 +495,7 @@ STRONG = dataclasses.replace(
 )
 
 # 388,212 parameters: a network of the images as they are, in full resolution, beside the one of
-# `strong`. They err on different images. Each sees an image every other epoch.
+# `strong`. They err on different images. Each sees half of the images in an epoch.
 ACCURATE = dataclasses.replace(
     STRONG,
     epochs=48,

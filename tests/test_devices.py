@@ -71,7 +71,7 @@ for n in (1, 8):
         shared = jax.device_put(images, by_batch)
         augmented[n] = np.asarray(jax.jit(augment, out_shardings=by_batch)(key, shared))
 np.testing.assert_array_equal(augmented[1], augmented[8])
-beside = dataclasses.replace(recipe, columns=(recipe.model,))  # devices deal out their own parts
+beside = dataclasses.replace(recipe, columns=(recipe.model,))
 with_augmentation = {n: next(epochs(beside, splits, mesh=data_mesh(n))) for n in (1, 8)}
 losses = [result.train_loss for result in with_augmentation.values()]
 np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)

@@ -422,7 +422,10 @@ def test_the_parts_of_the_gpu_study(small):
     assert together["deviation"] == pytest.approx(statistics.stdev(together["test_accuracies"]))
     assert len(single["train_seconds"]) == 2
     assert single["images_per_second"] > 0
-    assert gpu_study.images(STOPPING, small) == 12 * (small.train.num_examples // 50) * 50
+    N = small.train.num_examples
+    assert gpu_study.images(STOPPING, small, epochs=3) == 3 * (N // 50) * 50
+    seconds = together["train_seconds"]
+    assert together["images_per_second"] * seconds <= 3 * 12 * N  # some stop earlier
     assert together["members"] == len(together["test_accuracies"]) == 3
     assert together["diverged"] == 0
 
@@ -430,8 +433,10 @@ def test_the_parts_of_the_gpu_study(small):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_precision_is_every_columns(precision):
     before = jax.config.jax_default_matmul_precision
-    recipe = gpu_study.at_precision(RECIPES["accurate"], precision)
-    jax.config.update("jax_default_matmul_precision", before)
+    try:
+        recipe = gpu_study.at_precision(RECIPES["accurate"], precision)
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
     assert [config.precision for config in (recipe.model, *recipe.columns)] == [precision] * 2
 
 
@@ -613,6 +618,14 @@ def test_options_override_the_named_recipe():
     recipe = command_line.parse(Recipe, rest, default=RECIPES[name], description="")
     expected = ["epochs: 5 -> 1", "seed: 0 -> 3"]
     assert differences(to_dict(RECIPES["seed"]), to_dict(recipe)) == expected
+
+
+def test_a_columns_options():
+    words = ["--columns.0.no-normalize", "--columns.0.dropout", "0.1", "--model.dropout", "0.2"]
+    recipe = command_line.parse(Recipe, words, default=RECIPES["accurate"], description="")
+    (column,) = recipe.columns
+    assert (column.normalize, column.dropout, recipe.model.dropout) == (False, 0.1, 0.2)
+    assert column.widths == RECIPES["strong"].model.widths
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

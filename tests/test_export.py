@@ -1,5 +1,6 @@
 """Exported files, run without the package, against the network itself."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -28,10 +29,12 @@ print("agreed")
 """
 
 
-@pytest.fixture(scope="module", params=["default", "seed", "tiny700"])
+@pytest.fixture(scope="module", params=["default", "seed", "tiny700", "columns"])
 def state(request, splits):
     """A network with statistics that are not those it began with."""
-    state = initial_state(RECIPES[request.param], splits.info, steps=1, mesh=data_mesh(1))
+    small = dataclasses.replace(RECIPES["quick"], columns=(RECIPES["tiny700"].model,))
+    recipe = small if request.param == "columns" else RECIPES[request.param]
+    state = initial_state(recipe, splits.info, steps=1, mesh=data_mesh(1))
     rng = np.random.default_rng(0)
     statistics = jax.tree.map(
         lambda a: a + rng.uniform(0, 0.5, a.shape).astype(a.dtype), state.batch_stats

@@ -94,6 +94,7 @@ def test_a_varied_number_is_the_recipes_own(small):
     recipe = dataclasses.replace(
         PLAIN,
         epochs=1,
+        plain_share=0.5,
         augment=AffineConfig(rotate=5.0),
         optimizer=OptimizerConfig("muon", learning_rate=0.1, ns_steps=2, adam_ratio=0.1),
         plateau=PlateauConfig(),
@@ -101,7 +102,7 @@ def test_a_varied_number_is_the_recipes_own(small):
     values = {
         "label_smoothing": (0.0, 0.2),
         "model.dropout": (0.0, 0.4),
-        "augment.rotate": (0.0, 20.0),
+        "augment.rotate": (5.0, 20.0),
         "augment.shift": (0.0, 0.1),
         "augment.zoom": (0.0, 0.2),
         "augment.shear": (0.0, 20.0),
