@@ -458,9 +458,14 @@ class Columns(nnx.Module):
 
     def features(self, images_BHWC: jax.Array) -> jax.Array:
         """Returns the activations [B, F] that the columns' classifiers see, side by side."""
-        seen = jnp.split(images_BHWC, len(self.columns), axis=-1)
-        pairs = zip(self.columns, seen, strict=True)
-        return jnp.concatenate([column.features(images) for column, images in pairs], axis=-1)
+        return jnp.concatenate(
+            [column.features(x) for column, x in self._seen(images_BHWC)], axis=-1
+        )
+
+    def _seen(self, images_BHWC):
+        """Returns each column with what it sees of images as `prepare` returns them."""
+        shown = jnp.split(images_BHWC, len(self.columns), axis=-1)
+        return list(zip(self.columns, shown, strict=True))
 
     def __call__(
         self,
@@ -485,20 +490,22 @@ class Columns(nnx.Module):
           InputError: the columns cannot share a training batch evenly, or Dropout has no key.
         """
         B, J = images_BHWC.shape[0], len(self.columns)
-        seen = jnp.split(images_BHWC, J, axis=-1)
+        seen = self._seen(images_BHWC)
         if not train:
-            logs = [
-                jax.nn.log_softmax(column(x)) for column, x in zip(self.columns, seen, strict=True)
-            ]
+            logs = [jax.nn.log_softmax(column(x)) for column, x in seen]
             return jax.nn.logsumexp(jnp.stack(logs), axis=0) - math.log(J)
         if B % J:
             raise InputError(f"a training batch of {B} cannot be dealt to {J} columns evenly")
+        keys = [None] * J if key is None else jax.random.split(key, J)
         # What `prepare` and the augmentation made of the others' examples is dropped.
         # Neighbours, not halves: of a batch that devices share, each deals out its own part.
-        dealt = [x.reshape(-1, J, *x.shape[1:])[:, j] for j, x in enumerate(seen)]
-        keys = [None] * J if key is None else jax.random.split(key, J)
         logits = [
-            column(x, train=True, key=key, dropout_rate=dropout_rate)
-            for column, x, key in zip(self.columns, dealt, keys, strict=True)
+            column(
+                x.reshape(-1, J, *x.shape[1:])[:, j],
+                train=True,
+                key=keys[j],
+                dropout_rate=dropout_rate,
+            )
+            for j, (column, x) in enumerate(seen)
         ]
         return jnp.stack(logits, axis=1).reshape(B, -1)

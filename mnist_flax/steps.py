@@ -145,12 +145,10 @@ def train_step(
     """
     images_BHWC = prepared(to_model(state), batch.images)
     if augment is not None:
-        key = draw_key(state.key, Purpose.AUGMENT, state.step)
-        augmented_BHWC = augment(key, images_BHWC)
-        if augment_steps is None:
-            images_BHWC = augmented_BHWC
-        else:
-            images_BHWC = jnp.where(state.step < augment_steps, augmented_BHWC, images_BHWC)
+        plain_BHWC = images_BHWC
+        images_BHWC = augment(draw_key(state.key, Purpose.AUGMENT, state.step), plain_BHWC)
+        if augment_steps is not None:
+            images_BHWC = jnp.where(state.step < augment_steps, images_BHWC, plain_BHWC)
 
     def loss_fn(params):
         model = to_model(dataclasses.replace(state, params=params))

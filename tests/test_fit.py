@@ -233,7 +233,7 @@ def test_each_column_learns(small):
     for column, images_BHWC in zip(network.columns, seen, strict=True):
         accuracy = (column(images_BHWC).argmax(-1) == small.val.labels).mean()
         assert accuracy > 0.6
-    (member,) = [fit_many(recipe, small, seeds=[recipe.seed], progress=False).member(0)]
+    member = fit_many(recipe, small, seeds=[recipe.seed], progress=False).member(0)
     jax.tree.map(np.testing.assert_array_equal, bits(state), bits(member.state))
 
 

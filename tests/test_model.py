@@ -65,21 +65,19 @@ def columns_and_both(x, key, *, train, both):
 
     The first is of normalized images.
     """
-
-    def columns():
-        configs = (dataclasses.replace(SMALL, normalize=True), SMALL)
-        return [CNN(config, rngs=nnx.Rngs(seed)) for seed, config in enumerate(configs)]
-
+    configs = (dataclasses.replace(SMALL, normalize=True), SMALL)
+    columns = [CNN(config, rngs=nnx.Rngs(seed)) for seed, config in enumerate(configs)]
     if both:
-        together = Columns(columns())
+        together = Columns(columns)
         x = together.prepare(x)
         outputs = together(x, train=train, key=key)
-        return outputs, [column.norms[0].mean[...] for column in together.columns], x
-    seen = [column.prepare(x) for column in columns()]
-    dealt = [images[j::2] for j, images in enumerate(seen)] if train else seen
-    pairs = zip(made := columns(), dealt, strict=True)
-    outputs = [column(images, train=train) for column, images in pairs]
-    return outputs, [column.norms[0].mean[...] for column in made], jnp.concatenate(seen, -1)
+    else:
+        seen = [column.prepare(x) for column in columns]
+        dealt = [images[j::2] for j, images in enumerate(seen)] if train else seen
+        pairs = zip(columns, dealt, strict=True)
+        outputs = [column(images, train=train) for column, images in pairs]
+        x = jnp.concatenate(seen, axis=-1)
+    return outputs, [column.norms[0].mean[...] for column in columns], x
 
 
 def test_columns_average_their_probabilities():
