@@ -31,6 +31,7 @@ class Command:
         augmentation; 0 tests the images as they are alone.
       workdir: where folds.json goes; by default runs/folds-NAME.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      archives: a directory of four IDX archives to read the dataset from.
       devices: how many devices share a batch; by default all, and on the CPU one a core.
     """
 
@@ -39,6 +40,7 @@ class Command:
     views: int = 0
     workdir: Path | None = None
     data_dir: Path | None = None
+    archives: Path | None = None
     devices: int | None = None
 
     def __post_init__(self):
@@ -82,7 +84,9 @@ def main(arguments):
     from mnist_flax.workdir import write_json
 
     mesh = data_mesh(command.devices)
-    splits = load_splits(recipe.dataset, val_size=0, data_dir=command.data_dir)
+    splits = load_splits(
+        recipe.dataset, val_size=0, data_dir=command.data_dir, archives=command.archives
+    )
     workdir = command.workdir or Path("runs") / f"folds-{name}"
     workdir.mkdir(parents=True, exist_ok=True)
     folds = np.array_split(np.arange(splits.train.num_examples), command.folds)

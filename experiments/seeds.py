@@ -40,6 +40,7 @@ class Command:
       workdir: where study.json, the strip plot and checkpoints go; by default runs/seeds-NAME.
       resume: continue the study in workdir.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      archives: a directory of four IDX archives to read the dataset from.
       devices: how many devices share a batch; by default all, and on the CPU one a core.
     """
 
@@ -51,6 +52,7 @@ class Command:
     workdir: Path | None = None
     resume: bool = False
     data_dir: Path | None = None
+    archives: Path | None = None
     devices: int | None = None
 
     def __post_init__(self):
@@ -120,6 +122,7 @@ def run_seeds(
     seeds: range,
     views: int = 0,
     data_dir: Path | None,
+    archives: Path | None,
     devices: int | None,
     workdir: Path | None = None,
     resume: bool = False,
@@ -130,7 +133,11 @@ def run_seeds(
     from mnist_flax.members import evaluate_many, fit_many, member_mesh
 
     splits = load_splits(
-        recipe.dataset, val_size=recipe.val_size, seed=recipe.split_seed, data_dir=data_dir
+        recipe.dataset,
+        val_size=recipe.val_size,
+        seed=recipe.split_seed,
+        data_dir=data_dir,
+        archives=archives,
     )
     mesh = member_mesh(len(seeds), devices=devices)
     began = time.perf_counter()
@@ -237,6 +244,7 @@ def main(arguments):
                 seeds=range(command.first_seed, command.first_seed + command.seeds),
                 views=command.views,
                 data_dir=command.data_dir,
+                archives=command.archives,
                 devices=command.devices,
                 workdir=checkpoints,
                 resume=command.resume and checkpoints.exists(),

@@ -39,6 +39,7 @@ class Command:
       first_seed: the first seed of the search; the winner's begin at 1000 above it.
       workdir: where sweep.json and response.png go; by default runs/sweep-NAME.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      archives: a directory of four IDX archives to read the dataset from.
       devices: how many devices share a batch; by default all, and on the CPU one a core.
     """
 
@@ -51,6 +52,7 @@ class Command:
     first_seed: int = 0
     workdir: Path | None = None
     data_dir: Path | None = None
+    archives: Path | None = None
     devices: int | None = None
 
     def __post_init__(self):
@@ -130,6 +132,7 @@ def load(command: Command):
         val_size=command.search_val_size,
         seed=command.recipe.split_seed,
         data_dir=command.data_dir,
+        archives=command.archives,
     )
 
 
@@ -205,6 +208,7 @@ def main(arguments):
         recipes[best],
         seeds=range(first_fresh, first_fresh + command.fresh_seeds),
         data_dir=command.data_dir,
+        archives=command.archives,
         devices=command.devices,
     )
     print(seeds.describe("winner", study))

@@ -75,11 +75,16 @@ def train(*arguments, data_dir, cwd):
 
 
 @pytest.fixture(scope="module")
-def few_dir(tmp_path_factory):
-    """A directory of datasets whose MNIST is its first 12,000 training and 2,000 test examples."""
+def few_archives(tmp_path_factory):
+    """The first 12,000 training and 2,000 test examples of MNIST, as archives."""
+    return write_subset(tmp_path_factory.mktemp("few") / "own", num_train=12_000, num_test=2000)
+
+
+@pytest.fixture(scope="module")
+def few_dir(few_archives, tmp_path_factory):
+    """A directory of datasets whose MNIST is those examples."""
     root = tmp_path_factory.mktemp("few")
-    archives = write_subset(root / "archives", num_train=12_000, num_test=2000)
-    load_splits("mnist", val_size=2000, data_dir=root, archives=archives)
+    load_splits("mnist", val_size=2000, data_dir=root, archives=few_archives)
     (prepared,) = (path for path in (root / "mnist").iterdir() if path.is_dir())
     return prepared.rename(prepared.with_name("canonical")).parents[1]
 
@@ -238,9 +243,22 @@ def test_one_process_holds_a_run_until_it_is_killed(few_dir, tmp_path):
         pass
 
 
-def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(few_dir, tmp_path):
-    words = script("seeds", *FEW, "--epochs", "4")
-    words += ["--seeds", "3", "--views", "2", "--data-dir", str(few_dir), "--devices", "1"]
+def from_archives(archives, directory):
+    """Options that read archives and prepare them in a directory of their own."""
+    return ["--archives", str(archives), "--data-dir", str(directory / "data"), "--devices", "1"]
+
+
+def prepared_in(directory):
+    """What kinds of MNIST `from_archives` has prepared there."""
+    names = [path.name.partition("-")[0] for path in (directory / "data" / "mnist").iterdir()]
+    return [name for name in names if not name.startswith(".")]
+
+
+def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(
+    few_archives, tmp_path
+):
+    words = script("seeds", *FEW, "--epochs", "4", "--seeds", "3", "--views", "2")
+    words += from_archives(few_archives, tmp_path)
     workdir = tmp_path / "runs" / "seeds-default"
     rows = workdir / "members-0" / "metrics.jsonl"
     victim = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -265,6 +283,7 @@ def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(
     views = study["views"]
     assert f"| `default`, the mean of 2 views | {views['mean']:.3%} | " in run.stdout
     assert 0 < abs(views["mean"] - study["mean"]) < 0.1
+    assert prepared_in(tmp_path) == ["archives"]
 
 
 def certain(*classes):
@@ -345,10 +364,10 @@ def test_an_impossible_study_is_refused_before_any_work(arguments, message, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_folds_tests_every_training_image_once(few_dir, tmp_path):
+def test_folds_tests_every_training_image_once(few_archives, tmp_path):
     words = script("folds", *SMALL, "--val-size", "0")
     words += ["--epochs", "1", "--optimizer.learning-rate", "0.4", "--folds", "2"]
-    words += ["--views", "2", "--data-dir", str(few_dir), "--devices", "1"]
+    words += ["--views", "2", *from_archives(few_archives, tmp_path)]
     run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "runs" / "folds-default" / "folds.json").read_text())
@@ -451,11 +470,11 @@ def test_the_time_to_an_accuracy_is_the_quickest_networks():
     assert [row.get("seconds") for row in times] == [1.5, 8.5, None]
 
 
-def test_sweep_chooses_on_validation_and_trains_the_winner_anew(few_dir, tmp_path):
+def test_sweep_chooses_on_validation_and_trains_the_winner_anew(few_archives, tmp_path):
     """At a learning rate of 1e-9 nothing is learnt, so the choice is known beforehand."""
     words = script("sweep", *FEW, "--epochs", "1")
     words += ["--vary", "optimizer.learning-rate=1e-9,0.4", "--search-val-size", "500"]
-    words += ["--seeds", "1", "--fresh-seeds", "2", "--data-dir", str(few_dir), "--devices", "1"]
+    words += ["--seeds", "1", "--fresh-seeds", "2", *from_archives(few_archives, tmp_path)]
     run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     workdir = tmp_path / "runs" / "sweep-default"
@@ -469,6 +488,7 @@ def test_sweep_chooses_on_validation_and_trains_the_winner_anew(few_dir, tmp_pat
     assert sweep["winner"]["recipe"]["optimizer"]["learning_rate"] == 0.4
     assert sweep["winner"]["recipe"]["val_size"] == 2000
     assert (workdir / "response.png").stat().st_size > 1000
+    assert prepared_in(tmp_path) == ["archives"]
 
 
 @pytest.mark.parametrize(
