@@ -471,6 +471,7 @@ QUICK = Recipe(
     schedule=ScheduleConfig("one_cycle", warmup=0.2),
 )
 
+# The same network, augmented.
 FAST = dataclasses.replace(
     QUICK,
     epochs=3,
@@ -479,6 +480,7 @@ FAST = dataclasses.replace(
 )
 
 # 399,434 parameters. Slants and sizes that it need not learn are worth as much as more epochs.
+# Larger batches, for Muon's products take as long for a small one.
 STRONG = dataclasses.replace(
     QUICK,
     epochs=6,
