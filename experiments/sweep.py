@@ -21,7 +21,7 @@ import tyro
 
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import InputError
-from mnist_flax.recipes import TRACEABLE, Recipe, with_fields
+from mnist_flax.recipes import Recipe, traceable, with_fields
 
 SET_BY_THE_SEARCH = ("seed", "val_size", "split_seed")
 
@@ -146,9 +146,7 @@ def search(tried: list[dict[str, float]], command: Command, splits) -> np.ndarra
 
     accuracies = np.zeros((len(tried), command.seeds))
     members = list(itertools.product(range(len(tried)), range(command.seeds)))
-    # Members that differ in Dropout differ in every column's.
-    alike = {"model.dropout"} if command.recipe.columns else set()
-    together = [name for name in tried[0] if name in TRACEABLE and name not in alike]
+    together = [name for name in tried[0] if name in traceable(command.recipe)]
     apart = [name for name in tried[0] if name not in together]
     for values in dict.fromkeys(tuple(point[name] for name in apart) for point in tried):
         fixed = dict(zip(apart, values, strict=True))

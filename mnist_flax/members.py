@@ -69,6 +69,7 @@ from mnist_flax.recipes import (
     recipe_state,
     step_options,
     to_dict,
+    traceable,
     with_fields,
 )
 from mnist_flax.steps import (
@@ -182,8 +183,8 @@ def member_recipes(
     """Returns each member's own recipe.
 
     Raises:
-      InputError: there is no seed; a varied field is not one of `TRACEABLE`, or has not one value
-        a seed, or cannot have a value.
+      InputError: there is no seed; a varied field is not `traceable`, or has not one value a seed,
+        or cannot have a value.
     """
     if not len(seeds):
         raise InputError("seeds is empty; give a seed a member")
@@ -192,7 +193,7 @@ def member_recipes(
             raise InputError(
                 f"{name!r} cannot differ by member; choose from {', '.join(TRACEABLE)}"
             )
-        if name == "model.dropout" and recipe.columns:
+        if name not in traceable(recipe):
             raise InputError(f"{name} is one column's; it cannot differ by member beside others")
         if len(values) != len(seeds):
             raise InputError(f"vary {name} has {len(values)} values for {len(seeds)} seeds")
@@ -534,7 +535,7 @@ def fit_many(
       splits: the data, resident; the test split is not touched.
       seeds: each member's seed.
       vary: for fields in which members differ, named with dots, a value a member; any of
-        `recipes.TRACEABLE`.
+        `recipes.traceable`.
       workdir: where checkpoints and metrics.jsonl go; None keeps nothing.
       resume: as in `fit`.
       strict: as in `fit`.

@@ -339,6 +339,14 @@ Traced = Mapping[str, jax.Array]
 NOTHING: Traced = types.MappingProxyType({})
 
 
+def traceable(recipe: Recipe) -> tuple[str, ...]:
+    """Returns those of `TRACEABLE` that can be traced for this recipe.
+
+    A traced Dropout rate would be every column's, and the recipe's is the first one's alone.
+    """
+    return tuple(name for name in TRACEABLE if not (recipe.columns and name == "model.dropout"))
+
+
 def make_augment(recipe: Recipe, *, traced: Traced = NOTHING) -> Augment | None:
     """Returns `augment(key, images_BHWC)` for `train_step`, or None where every range is 0."""
     own = dataclasses.asdict(recipe.augment)
