@@ -3,9 +3,9 @@
     make determinism
     python experiments/determinism.py --data-dir DIR
 
-Each line is a run in a process of its own. To expect: one digest for all runs on two devices,
-whatever the processors; one for all runs on one device, of as many processors. Takes a
-minute and a half.
+Each line is a run in a process of its own. To expect on a CPU: one digest for all runs on two
+devices, whatever the processors; one for all runs on one device, of as many processors. Takes a
+minute and a half. To expect on a GPU, which each run compiles for anew: one digest for all.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from mnist_flax import command_line
@@ -23,7 +24,7 @@ TRAIN = Path(__file__).parent / "train.py"
 SMALL = ["--recipe", "default", "--val-size", "45000", "--epochs", "1"]
 ONE = {0}
 # Name, devices, processors (None: all), whether streamed, and the group that must agree.
-RUNS = [
+CPU_RUNS = [
     ("two devices", 2, None, False, "two devices"),
     ("two devices, again", 2, None, False, "two devices"),
     ("two devices, on one processor", 2, ONE, False, "two devices"),
@@ -34,6 +35,13 @@ RUNS = [
     ("one device, on one processor", 1, ONE, False, "one device and processor"),
     ("one device, on one processor, again", 1, ONE, False, "one device and processor"),
 ]
+ACCELERATOR_RUNS = [
+    ("one device", 1, None, False, "one device"),
+    ("one device, again", 1, None, False, "one device"),
+    ("one device, streamed", 1, None, True, "one device"),
+]
+# Kernels that sum in the same order each time, and are not chosen by timing them.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +55,36 @@ class Command:
     data_dir: Path | None = None
 
 
-def digest(workdir: Path, arguments: list[str], processors: set[int] | None) -> str:
+def backend() -> str:
+    """Returns the name of JAX's backend; asks a process that ends, which holds no GPU."""
+    code = "import jax; print(jax.default_backend())"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return run.stdout.strip()
+
+
+def accelerator_environment(cache: Path) -> dict[str, str]:
+    """Returns the environment of a run that compiles its own kernels, into `cache`."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+    return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+
+def digest(
+    workdir: Path,
+    options: list[str],
+    *,
+    processors: set[int] | None,
+    environment: Mapping[str, str],
+) -> str:
     """Returns the digest of a run's final parameters and statistics."""
 
     def restrict():
         if processors is not None:
             os.sched_setaffinity(0, processors)
 
-    words = [sys.executable, str(TRAIN), *SMALL, "--workdir", str(workdir), *arguments]
-    run = subprocess.run(words, check=False, capture_output=True, text=True, preexec_fn=restrict)
+    words = [sys.executable, str(TRAIN), *SMALL, "--workdir", str(workdir), *options]
+    run = subprocess.run(
+        words, check=False, capture_output=True, text=True, preexec_fn=restrict, env=environment
+    )
     if run.returncode:
         raise InputError(run.stderr.strip().splitlines()[-1].removeprefix("error: "))
     return json.loads((workdir / "result.json").read_text())["digest"]
@@ -65,11 +94,14 @@ def main(arguments):
     """Prints each run's digest; fails where two of a group differ."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     digests: dict[str, set[str]] = {}
+    on_cpu = backend() == "cpu"
     with tempfile.TemporaryDirectory() as directory:
-        for name, devices, processors, stream, group in RUNS:
+        for name, devices, processors, stream, group in CPU_RUNS if on_cpu else ACCELERATOR_RUNS:
             extra = ["--devices", str(devices), *(["--stream"] if stream else [])]
             extra += ["--data-dir", str(command.data_dir)] if command.data_dir else []
-            found = digest(Path(directory) / name, extra, processors)
+            workdir, cache = (Path(directory) / folder / name for folder in ("runs", "caches"))
+            environment = os.environ if on_cpu else accelerator_environment(cache)
+            found = digest(workdir, extra, processors=processors, environment=environment)
             digests.setdefault(group, set()).add(found)
             print(f"{found[:16]}  {name}", flush=True)
     same = all(len(found) == 1 for found in digests.values())

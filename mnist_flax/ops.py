@@ -1,4 +1,4 @@
-"""Convolution, max-pooling and ReLU-BatchNorm-pooling that XLA's CPU backend runs fast.
+"""Convolution, max-pooling and ReLU-BatchNorm-pooling in the forms that each backend runs fast.
 
     conv(lhs_BHWC, rhs_HWIO, strides, padding, ...)                 -> out_BHWO
     few_channels_conv(lhs_BHWC, rhs_HWIO, strides, padding, ...)    -> out_BHWO
@@ -7,10 +7,12 @@
     relu_norm_pool(x_BHWC, scale_C, bias_C, *, epsilon, window)     -> y_BHWC, mean_C, var_C
     apart(function, images_BHWC)                                    -> function(images_BHWC)
 
-Every function is plain `lax` on a GPU or a TPU. On the CPU it has the same values, and a gradient
-written by hand, so it can be differentiated in reverse (any `jax.grad`) but not forward (`jvp`).
-The backend is asked for while tracing: `lax.platform_dependent` would put a branch, and the
-residuals of both its sides, into every differentiated program.
+On a TPU every function is plain `lax`; on a GPU all but the two that pool, for XLA scatters the
+gradient of max-pooling and has no form of that which sums in the same order each time. What is not
+plain has the same values, and a gradient written by hand, so it can be differentiated in reverse
+(any `jax.grad`) but not forward (`jvp`). The backend is asked for while tracing:
+`lax.platform_dependent` would put a branch, and the residuals of both its sides, into every
+differentiated program.
 
 A batch sharded over the mesh axis "data" (`jax.set_mesh`) is worked on where it lies.
 
@@ -164,7 +166,7 @@ def max_pool(x_BHWC: jax.Array, *, window: int, few_channels: bool = False) -> j
         return x_BHWC
     if _on_cpu() and few_channels:
         return _in_planes(lambda x_CHWB: _max_pool(x_CHWB, window, x_BHWC.shape[1:3]), x_BHWC)
-    if _on_cpu():
+    if _pools_by_hand():
         return _max_pool(x_BHWC, window, x_BHWC.shape[1:3])
     return _reduce_max(x_BHWC, window)
 
@@ -202,7 +204,7 @@ def relu_norm_pool(
     if _on_cpu() and few_channels:
         out: Any = _relu_norm_pool(_swapped(x_BHWC), scale_C, bias_C, epsilon, window, 0)
         return _swapped(out[0]), *out[1:]
-    if _on_cpu():
+    if _pools_by_hand():
         return _relu_norm_pool(x_BHWC, scale_C, bias_C, epsilon, window, 3)
     relu = nnx.relu(x_BHWC)  # whose slope at 0 is 0; that of jnp.maximum is 0.5
     wide = functools.partial(_widened, axis=3)
@@ -250,6 +252,10 @@ def plain() -> Iterator[None]:
 
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu" and not _PLAIN.get()
+
+
+def _pools_by_hand() -> bool:
+    return jax.default_backend() in ("cpu", "gpu") and not _PLAIN.get()
 
 
 # Convolution
