@@ -57,6 +57,8 @@ class Command:
     data_dir: Path | None = None
 
     def __post_init__(self):
+        if not (self.recipes or self.single_recipes):
+            raise InputError("recipes and single_recipes are empty; give one at least")
         if self.seeds < 2 or self.singles < 1 or min(self.sizes, default=1) < 1:
             raise InputError("give at least 2 seeds, 1 single and sizes of at least 1")
         if not self.minutes > 0:
@@ -212,6 +214,10 @@ def main(arguments):
     }
     command.output.parent.mkdir(parents=True, exist_ok=True)
 
+    def save() -> None:
+        found["times"] = times_to(GOALS, found["singles"])
+        write_json(command.output, found)
+
     def keep(part: str, work: Callable[[], Any]) -> Any:
         try:
             result = {"unfinished": "no time was left"} if late() else work()
@@ -234,16 +240,15 @@ def main(arguments):
                     late=late,
                 ),
             )
-            found["times"] = times_to(GOALS, found["singles"])
-            write_json(command.output, found)
-    first = recipes[command.recipes[0]]
+            save()
+    first = recipes[names[0]]
     found["speeds"] = keep(
         "speeds",
         lambda: speeds(
             at_precision(first, command.study_precision), splits_of(first), sizes=command.sizes
         ),
     )
-    write_json(command.output, found)
+    save()
     for name in command.recipes:
         recipe = recipes[name]
         found["studies"][name] = keep(
@@ -255,7 +260,7 @@ def main(arguments):
                 late=late,
             ),
         )
-        write_json(command.output, found)
+        save()
     for row in found["times"]:
         seconds = f"{row['seconds']:.2f} s ({row['part']})" if "seconds" in row else "not reached"
         print(f"to {row['goal']:.2%}: {seconds}")

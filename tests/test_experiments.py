@@ -415,8 +415,7 @@ def test_scaling_measures_every_size(data_dir, tmp_path):
 @pytest.mark.usefixtures("splits")
 def test_a_rehearsal_of_the_gpu_study(data_dir, tmp_path):
     """One recipe, cut to seconds, on the CPU: every part is there, and what is late says so."""
-    words = script("gpu_study", "--recipes", "tiny700")
-    words += ["--single-recipes", "tiny700"]
+    words = script("gpu_study", "--recipes", "tiny700", "--single-recipes", "tiny700")
     words += ["--precisions", "float32", "--singles", "1", "--seeds", "2", "--sizes", "1"]
     words += ["--epochs", "1", "--minutes", "0.05", "--data-dir", data_dir]
     run = run_words(words, cwd=tmp_path)
@@ -428,6 +427,12 @@ def test_a_rehearsal_of_the_gpu_study(data_dir, tmp_path):
     assert found["studies"] == {"tiny700": {"unfinished": "no time was left"}}
     assert [row["goal"] for row in found["times"]] == [0.9917, 0.994, 0.996]
     assert "to 99.17%: not reached" in run.stdout
+
+
+def test_a_gpu_study_of_no_recipe_is_refused():
+    with pytest.raises(InputError, match="give one at least"):
+        gpu_study.Command(recipes=(), single_recipes=())
+    gpu_study.Command(single_recipes=())
 
 
 def test_the_parts_of_the_gpu_study(small):
