@@ -8,6 +8,7 @@ median of `rounds` turns. To expect on 2 cores: the notebook's step at 1.3 times
 peer, and 99.17% test accuracy in a few seconds where the notebook's recipe takes minutes.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -81,39 +82,65 @@ def printed(words: list[str]) -> str:
     return run.stdout
 
 
+def answer(process: subprocess.Popen[str], request: str = "") -> str:
+    """Sends a contender the request and returns its next line; "" where it has ended."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(request)
+        process.stdin.flush()
+    except BrokenPipeError:
+        return ""
+    return process.stdout.readline()
+
+
 def race(contenders: dict[str, list[str]], *, batches: int, rounds: int) -> dict[str, list[float]]:
     """Lets contenders work in turns; returns the seconds of each turn by name.
 
-    A contender that cannot start is named on stderr and left out.
+    One that cannot start, or ends before its last turn, is named on stderr and left out.
     """
     environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR}
-    running, seconds = {}, {}
-    for name, words in contenders.items():
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert process.stdout is not None
-        if process.stdout.readline():
-            running[name] = process
+    running: dict[str, subprocess.Popen[str]] = {}
+    seconds: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        # Files, not pipes: nobody would read what a contender says while it works.
+        words_of = {name: stack.enter_context(tempfile.TemporaryFile("w+")) for name in contenders}
+
+        def leave_out(name: str) -> None:
+            stop(running.pop(name))
+            del seconds[name]
+            words_of[name].seek(0)
+            last = words_of[name].read().strip().splitlines()[-1:]
+            print(f"{name} is left out: {' '.join(last)}", file=sys.stderr)
+
+        for name, words in contenders.items():
+            running[name] = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=words_of[name],
+                text=True,
+                env=environment,
+            )
             seconds[name] = []
-        else:
-            reason = process.communicate()[1].strip().splitlines()[-1:]
-            print(f"{name} is left out: {' '.join(reason)}", file=sys.stderr)
-    for _ in range(rounds):
-        for name, process in running.items():
-            time.sleep(PAUSE_SECONDS)
-            process.stdin.write(f"{batches}\n")
-            process.stdin.flush()
-            seconds[name].append(json.loads(process.stdout.readline())["seconds"])
-    for process in running.values():
-        process.kill()
-        process.communicate()
+            if not answer(running[name]):
+                leave_out(name)
+        for _ in range(rounds):
+            for name, process in list(running.items()):
+                time.sleep(PAUSE_SECONDS)
+                if line := answer(process, f"{batches}\n"):
+                    seconds[name].append(json.loads(line)["seconds"])
+                else:
+                    leave_out(name)
+        for process in running.values():
+            stop(process)
     return seconds
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Ends a contender."""
+    process.kill()
+    process.communicate()
 
 
 def rates(seconds: dict[str, list[float]], *, images: int) -> list[dict[str, Any]]:

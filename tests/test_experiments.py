@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark
 import folds
 import gpu_study
 import hypothesis.strategies as st
@@ -532,6 +533,28 @@ def test_killed_runs_end_with_the_same_bits(data_dir, tmp_path):
     run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.splitlines()[-1] == "2/2 recovered"
+
+
+CONTENDER = """
+import json, sys
+print("ready", flush=True)
+for turn, line in enumerate(sys.stdin):
+    print("of no interest " * 20000, file=sys.stderr)
+    if turn == {dies_in}:
+        sys.exit("out of memory")
+    print(json.dumps({{"seconds": int(line) / 4}}), flush=True)
+"""
+
+
+def test_a_race_goes_on_without_a_contender_that_dies(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "PAUSE_SECONDS", 0)
+    codes = {"sound": CONTENDER.format(dies_in=9), "broken": "import nonexistent"}
+    codes["mortal"] = CONTENDER.format(dies_in=1)
+    words = {name: [sys.executable, "-c", code] for name, code in codes.items()}
+    assert benchmark.race(words, batches=6, rounds=3) == {"sound": [1.5, 1.5, 1.5]}
+    broken, mortal = capsys.readouterr().err.splitlines()
+    assert broken == "broken is left out: ModuleNotFoundError: No module named 'nonexistent'"
+    assert mortal == "mortal is left out: out of memory"
 
 
 @pytest.mark.usefixtures("splits")
