@@ -181,9 +181,10 @@ def time_steps(command: Command, data: Path) -> dict[str, Any]:
             contenders[f"Keras/TensorFlow {mode}"] = words
     batches = max(8, 1536 // batch)
     rows = rates(race(contenders, batches=batches, rounds=command.rounds), images=batch * batches)
-    ours = rows[0]["images_per_second"]
-    others = [row["images_per_second"] for row in rows if not row["contender"].startswith("mnist")]
-    ratio = ours / max(others) if others else None
+    speeds = {row["contender"]: row["images_per_second"] for row in rows}
+    ours = speeds.get(next(iter(contenders)))  # unless it was left out
+    others = [speed for name, speed in speeds.items() if not name.startswith("mnist")]
+    ratio = ours / max(others) if ours and others else None
     return {"rows": rows, "batch_size": batch, "ours_over_fastest_other": ratio}
 
 
