@@ -77,9 +77,14 @@ def printed(words: list[str]) -> str:
     """
     run = subprocess.run(words, capture_output=True, text=True, check=False)
     if run.returncode:
-        last = (run.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise InputError(f"{shlex.join(words)[:200]} failed: {last.removeprefix('error: ')}")
+        last = last_line(run.stderr).removeprefix("error: ")
+        raise InputError(f"{shlex.join(words)[:200]} failed: {last}")
     return run.stdout
+
+
+def last_line(text: str) -> str:
+    """Returns the last line of what a process said."""
+    return (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def answer(process: subprocess.Popen[str], request: str = "") -> str:
@@ -104,24 +109,23 @@ def race(contenders: dict[str, list[str]], *, batches: int, rounds: int) -> dict
     seconds: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
         # Files, not pipes: nobody would read what a contender says while it works.
-        words_of = {name: stack.enter_context(tempfile.TemporaryFile("w+")) for name in contenders}
+        logs = {name: stack.enter_context(tempfile.TemporaryFile("w+")) for name in contenders}
 
         def leave_out(name: str) -> None:
-            stop(running.pop(name))
-            del seconds[name]
-            words_of[name].seek(0)
-            last = words_of[name].read().strip().splitlines()[-1:]
-            print(f"{name} is left out: {' '.join(last)}", file=sys.stderr)
+            del running[name], seconds[name]
+            logs[name].seek(0)
+            print(f"{name} is left out: {last_line(logs[name].read())}", file=sys.stderr)
 
         for name, words in contenders.items():
             running[name] = subprocess.Popen(
                 words,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=words_of[name],
+                stderr=logs[name],
                 text=True,
                 env=environment,
             )
+            stack.callback(stop, running[name])
             seconds[name] = []
             if not answer(running[name]):
                 leave_out(name)
@@ -132,8 +136,6 @@ def race(contenders: dict[str, list[str]], *, batches: int, rounds: int) -> dict
                     seconds[name].append(json.loads(line)["seconds"])
                 else:
                     leave_out(name)
-        for process in running.values():
-            stop(process)
     return seconds
 
 

@@ -62,12 +62,6 @@ def backend() -> str:
     return run.stdout.strip()
 
 
-def accelerator_environment(cache: Path) -> dict[str, str]:
-    """Returns the environment of a run that compiles its own kernels, into `cache`."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
-    return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-
-
 def digest(
     workdir: Path,
     options: list[str],
@@ -94,13 +88,16 @@ def main(arguments):
     """Prints each run's digest; fails where two of a group differ."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     digests: dict[str, set[str]] = {}
-    on_cpu = backend() == "cpu"
+    runs, environment = CPU_RUNS, dict(os.environ)
+    if backend() != "cpu":
+        runs = ACCELERATOR_RUNS
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {DETERMINISTIC}"
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # or only the first would compile
     with tempfile.TemporaryDirectory() as directory:
-        for name, devices, processors, stream, group in CPU_RUNS if on_cpu else ACCELERATOR_RUNS:
+        for name, devices, processors, stream, group in runs:
             extra = ["--devices", str(devices), *(["--stream"] if stream else [])]
             extra += ["--data-dir", str(command.data_dir)] if command.data_dir else []
-            workdir, cache = (Path(directory) / folder / name for folder in ("runs", "caches"))
-            environment = os.environ if on_cpu else accelerator_environment(cache)
+            workdir = Path(directory) / name
             found = digest(workdir, extra, processors=processors, environment=environment)
             digests.setdefault(group, set()).add(found)
             print(f"{found[:16]}  {name}", flush=True)
