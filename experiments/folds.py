@@ -9,15 +9,18 @@ writer, so a fold's writers are new to the network, as the test split's are. To 
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
 from mnist_flax import command_line, runtime
-from mnist_flax.errors import InputError
+from mnist_flax.data import Examples, load_splits, take
+from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.recipes import PlateauConfig, Recipe, StoppingConfig, recipe_views, to_dict
+from mnist_flax.workdir import holds_run, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Command:
       folds: how many parts the training images are cut into, at least 2.
       views: test also the mean of this many random views of each image, by the recipe's own
         augmentation; 0 tests the images as they are alone.
-      workdir: where folds.json goes; by default runs/folds-NAME.
+      workdir: where folds.json and checkpoints go; by default runs/folds-NAME.
+      resume: continue the cross-validation in workdir; give the same options again.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       archives: a directory of four IDX archives to read the dataset from.
       devices: how many devices share a batch; by default all, and on the CPU one a core.
@@ -39,6 +43,7 @@ class Command:
     folds: int = 6
     views: int = 0
     workdir: Path | None = None
+    resume: bool = False
     data_dir: Path | None = None
     archives: Path | None = None
     devices: int | None = None
@@ -59,14 +64,22 @@ def without_validation(recipe: Recipe) -> Recipe:
     )
 
 
-def without(recipe: Recipe, splits, held_out: np.ndarray, *, mesh):
-    """Trains on the training images that are not held out; returns the state."""
-    from mnist_flax.data import take
-    from mnist_flax.fit import fit
-
+def without(splits, held_out: np.ndarray):
+    """Returns the splits without those training images, as data of their own fingerprint."""
     kept = np.setdiff1d(np.arange(splits.train.num_examples), held_out)
-    rest = dataclasses.replace(splits, train=take(splits.train, kept))
-    return fit(recipe, rest, mesh=mesh, progress=False).state
+    own = hashlib.sha256(splits.info.fingerprint.encode() + held_out.astype("<i8").tobytes())
+    info = dataclasses.replace(splits.info, fingerprint=own.hexdigest()[:16])
+    return dataclasses.replace(splits, train=take(splits.train, kept), info=info)
+
+
+def test_fold(recipe: Recipe, state, examples: Examples, *, views) -> list[int]:
+    """Returns how many are right: as they are and, where there are views, by their mean."""
+    from mnist_flax.evaluate import evaluate, mixture
+
+    found = [evaluate(state, examples)]
+    if views:
+        found.append(mixture([evaluate(state, examples, view=view) for view in views]))
+    return [evaluation.correct for evaluation in found]
 
 
 def main(arguments):
@@ -75,40 +88,71 @@ def main(arguments):
     default = Command(without_validation(command_line.named_recipe(name)))
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
     recipe = command.recipe
+    workdir = command.workdir or Path("runs") / f"folds-{name}"
+    if command.resume and not holds_run(workdir / "fold-1"):
+        raise InputError(f"there is no cross-validation to resume in {workdir}; leave out --resume")
     runtime.configure(cpu_devices=command.devices or runtime.share_cores(recipe.batch_size))
     views = recipe_views(recipe, count=command.views)
+    labels = [name, f"{name}, the mean of {len(views)} views"][: 1 + bool(views)]
 
-    from mnist_flax.data import load_splits, take
-    from mnist_flax.evaluate import evaluate, mixture
-    from mnist_flax.fit import data_mesh
-    from mnist_flax.workdir import write_json
+    from mnist_flax.fit import data_mesh, fit
 
     mesh = data_mesh(command.devices)
     splits = load_splits(
         recipe.dataset, val_size=0, data_dir=command.data_dir, archives=command.archives
     )
-    workdir = command.workdir or Path("runs") / f"folds-{name}"
-    workdir.mkdir(parents=True, exist_ok=True)
     folds = np.array_split(np.arange(splits.train.num_examples), command.folds)
-    correct: dict[str, list[int]] = {}
-    for number, held_out in enumerate(folds):
-        own = dataclasses.replace(recipe, seed=recipe.seed + number)
-        state, examples = without(own, splits, held_out, mesh=mesh), take(splits.train, held_out)
-        found = {name: evaluate(state, examples)}
-        if views:
-            seen = [evaluate(state, examples, view=view) for view in views]
-            found[f"{name}, the mean of {len(views)} views"] = mixture(seen)
-        for label, evaluation in found.items():
-            correct.setdefault(label, []).append(evaluation.correct)
-            progress = f"fold {number + 1} of {command.folds}"
-            print(f"{progress}: {label} {evaluation.accuracy:.2%}", flush=True)
-    means = {label: sum(each) / splits.train.num_examples for label, each in correct.items()}
-    for label, mean in means.items():
-        print(f"{label}: {mean:.3%} of the {splits.train.num_examples} training images")
-    sizes = [len(held_out) for held_out in folds]
-    summary = {"recipe": to_dict(recipe), "correct": correct, "sizes": sizes, "accuracy": means}
-    write_json(workdir / "folds.json", summary)
+    interrupts = runtime.Interrupts()
+    interrupts.install()
+    correct: list[list[int] | None] = []
+    for number, held_out in enumerate(folds, 1):
+        directory, progress = workdir / f"fold-{number}", f"fold {number} of {command.folds}"
+        try:
+            state = fit(
+                dataclasses.replace(recipe, seed=recipe.seed + number - 1),
+                without(splits, held_out),
+                mesh=mesh,
+                workdir=directory,
+                resume=command.resume and holds_run(directory),
+                progress=False,
+                interrupted=interrupts,
+            ).state
+        except Interrupted as end:
+            return interrupts.stop(end)
+        except DivergedError as error:
+            print(f"{progress}: {error}", flush=True)
+            correct.append(None)
+            continue
+        correct.append(test_fold(recipe, state, take(splits.train, held_out), views=views))
+        for label, hits in zip(labels, correct[-1], strict=True):
+            print(f"{progress}: {label} {hits / len(held_out):.2%}", flush=True)
+    summary = summarize(labels, correct, sizes=[len(held_out) for held_out in folds])
+    for label, mean in summary["accuracy"].items():
+        print(f"{label}: {mean:.3%} of {summary['total']} training images")
+    write_json(workdir / "folds.json", {"recipe": to_dict(recipe), **summary})
     return 0
+
+
+def summarize(
+    labels: list[str], correct: list[list[int] | None], *, sizes: list[int]
+) -> dict[str, Any]:
+    """Returns folds.json's numbers, over the folds that did not diverge; None stands for those.
+
+    Raises:
+      DivergedError: all did.
+    """
+    sound = [i for i, hits in enumerate(correct) if hits is not None]
+    if not sound:
+        raise DivergedError("every fold diverged; lower the learning rate")
+    total = sum(sizes[i] for i in sound)
+    rows = {label: [hits and hits[j] for hits in correct] for j, label in enumerate(labels)}
+    return {
+        "correct": rows,
+        "sizes": sizes,
+        "diverged": [i + 1 for i, hits in enumerate(correct) if hits is None],
+        "total": total,
+        "accuracy": {label: sum(row[i] for i in sound) / total for label, row in rows.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mnist_flax import command_line, runtime
-from mnist_flax.errors import InputError, Interrupted
+from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.recipes import Recipe
 
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
@@ -136,7 +136,9 @@ def study(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> 
     began = time.perf_counter()
     result = fit_many(recipe, splits, seeds=seeds, progress=False, interrupted=late)
     fitted = time.perf_counter()
-    accuracies = np.array([e.accuracy for e in evaluate_many(result.states, splits.test)])
+    tests = evaluate_many(result.states, splits.test)
+    alive = seeds_script.survivors(result.diverged)
+    accuracies = np.array([tests[i].accuracy for i in alive])
     rows = [row for history in result.histories for row in history]
     train_seconds = sum(row["train_seconds"] for row in rows)
     return {
@@ -148,7 +150,7 @@ def study(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> 
         "test_seconds": time.perf_counter() - fitted,
         **seeds_script.statistics(accuracies),
         "test_accuracies": accuracies.tolist(),
-        "diverged": sum(reason is not None for reason in result.diverged),
+        "diverged": [seed for i, seed in enumerate(seeds) if i not in alive],
     }
 
 
@@ -223,6 +225,8 @@ def main(arguments):
             result = {"unfinished": "no time was left"} if late() else work()
         except Interrupted:
             result = {"unfinished": "stopped when the time was over"}
+        except DivergedError as error:
+            result = {"unfinished": str(error)}
         found["seconds"] = time.perf_counter() - began
         print(f"{found['seconds']:6.1f} s  {part}", flush=True)
         return result

@@ -8,7 +8,6 @@ train.py; `--versus NAME` compares with another recipe on the same seeds.
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from mnist_flax import command_line, runtime
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluate import Evaluation, mixture
 from mnist_flax.recipes import Recipe, recipe_views, require_views, to_dict
+from mnist_flax.workdir import holds_run, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +67,15 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def statistics(accuracies: np.ndarray) -> dict[str, Any]:
-    """Returns the mean of the members' accuracies, their deviation and the mean's interval."""
+    """Returns the mean of the members' accuracies, their deviation and the mean's interval.
+
+    Where only one did not diverge there is no spread: both are None.
+    """
+    several = len(accuracies) > 1
     return {
         "mean": float(accuracies.mean()),
-        "deviation": float(accuracies.std(ddof=1)),
-        "interval": interval(accuracies),
+        "deviation": float(accuracies.std(ddof=1)) if several else None,
+        "interval": interval(accuracies) if several else None,
     }
 
 
@@ -108,11 +112,33 @@ def over_views(seen: Sequence[Sequence[Evaluation]]) -> list[Evaluation]:
     return [mixture(views) for views in zip(*seen, strict=True)]
 
 
-def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """Returns how much better ours are on average, and the p-value of a paired t-test."""
+def survivors(diverged: Sequence[str | None]) -> list[int]:
+    """Returns which members did not diverge.
+
+    Raises:
+      DivergedError: all did.
+    """
+    alive = [i for i, reason in enumerate(diverged) if reason is None]
+    if not alive:
+        raise DivergedError(f"all {len(diverged)} networks diverged; the first: {diverged[0]}")
+    return alive
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | int]:
+    """Returns how much better ours are on average, and the p-value of a paired t-test.
+
+    Pairs of which one is NaN, because it diverged, are left out.
+
+    Raises:
+      DivergedError: that leaves fewer than two pairs.
+    """
+    both = np.isfinite(ours) & np.isfinite(theirs)
+    if both.sum() < 2:
+        raise DivergedError("too many networks diverged: fewer than 2 pairs are left to compare")
     return {
-        "difference": float((ours - theirs).mean()),
-        "p_value": float(stats.ttest_rel(ours, theirs).pvalue),
+        "pairs": int(both.sum()),
+        "difference": float((ours - theirs)[both].mean()),
+        "p_value": float(stats.ttest_rel(ours[both], theirs[both]).pvalue),
     }
 
 
@@ -128,7 +154,14 @@ def run_seeds(
     resume: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Trains and tests each seed; returns a study's numbers and the accuracy of each seed."""
+    """Trains and tests each seed; returns a study's numbers and the accuracy of each seed.
+
+    A seed that diverges is named, its accuracy is NaN, and the numbers are of the others.
+
+    Raises:
+      DivergedError: all did.
+      Interrupted: `interrupted()` became true.
+    """
     from mnist_flax.data import load_splits
     from mnist_flax.members import evaluate_many, fit_many, member_mesh
 
@@ -151,45 +184,60 @@ def run_seeds(
         interrupted=interrupted,
     )
     trained = time.perf_counter()
+    alive = survivors(result.diverged)
     tests = evaluate_many(result.states, splits.test, mesh=mesh)
-    members = []
-    for i, (seed, test) in enumerate(zip(seeds, tests, strict=True)):
-        if (reason := result.diverged[i]) is not None:
-            raise DivergedError(f"seed {seed}: {reason}")
-        history = result.histories[i]
-        members.append(
-            {
-                "seed": seed,
-                "test_accuracy": test.accuracy,
-                "test_loss": test.loss,
-                "val_accuracy": history[result.best_epochs[i] - 1]["val_accuracy"],
-                "epochs": len(history),
-                "train_seconds": sum(row["train_seconds"] for row in history),
-            }
-        )
+    members = [member(result, i, seed, tests[i]) for i, seed in enumerate(seeds)]
     study = {
         "recipe": to_dict(recipe),
-        **test_statistics(tests),
+        **test_statistics([tests[i] for i in alive]),
         "fit_seconds": trained - began,
         "test_seconds": time.perf_counter() - trained,
-        "train_seconds_mean": sum(member["train_seconds"] for member in members) / len(members),
+        "train_seconds_mean": sum(members[i]["train_seconds"] for i in alive) / len(alive),
         "mesh": dict(mesh.shape),
         "members": members,
+        "diverged": [seed for i, seed in enumerate(seeds) if i not in alive],
     }
     if own_views := recipe_views(recipe, count=views):
         averaged = over_views(
             see(result.states, splits.test, views=own_views, mesh=mesh, interrupted=interrupted)
         )
-        study["views"] = {"number": views, **test_statistics(averaged)}
-    return study, np.array([test.accuracy for test in tests])
+        study["views"] = {"number": views, **test_statistics([averaged[i] for i in alive])}
+    accuracies = [test.accuracy if i in alive else np.nan for i, test in enumerate(tests)]
+    return study, np.array(accuracies)
+
+
+def member(result, index: int, seed: int, test: Evaluation) -> dict[str, Any]:
+    """Returns a member's numbers; of one that diverged, the reason."""
+    if (reason := result.diverged[index]) is not None:
+        return {"seed": seed, "diverged": reason}
+    history = result.histories[index]
+    return {
+        "seed": seed,
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "val_accuracy": history[result.best_epochs[index] - 1]["val_accuracy"],
+        "epochs": len(history),
+        "train_seconds": sum(row["train_seconds"] for row in history),
+    }
+
+
+def spread(study: dict[str, Any]) -> list[str]:
+    """Returns the mean, the deviation and the mean's interval in words."""
+    if study["interval"] is None:
+        return [f"{study['mean']:.3%}", "-", "-"]
+    low, high = study["interval"]
+    return [f"{study['mean']:.3%}", f"{study['deviation']:.3%}", f"{low:.3%} to {high:.3%}"]
 
 
 def describe(name: str, study: dict[str, Any]) -> str:
     """Returns a study as a line."""
-    low, high = study["interval"]
+    mean, deviation, interval = spread(study)
+    seeds = study["diverged"]
+    words = ", ".join(map(str, seeds))
+    count = len(study["members"]) - len(seeds)
     return (
-        f"{name}: mean {study['mean']:.3%}, deviation {study['deviation']:.3%}, "
-        f"95% interval {low:.3%} to {high:.3%}, {len(study['members'])} seeds; "
+        f"{name}: mean {mean}, deviation {deviation}, 95% interval {interval}, {count} seeds"
+        f"{f' ({len(seeds)} more diverged: {words})' if seeds else ''}; "
         f"ensemble {study['ensemble_accuracy']:.2%}; "
         f"training {study['train_seconds_mean']:.2f} s each, {study['fit_seconds']:.1f} s in all"
     )
@@ -206,12 +254,15 @@ def rows(name: str, study: dict[str, Any]) -> list[str]:
 
 def table_row(label: str, study: dict[str, Any]) -> str:
     """Returns a study as a row of the table in RESULTS.md."""
-    low, high = study["interval"]
-    return (
-        f"| {label} | {study['mean']:.3%} | {study['deviation']:.3%} | {low:.3%} to {high:.3%} "
-        f"| {len(study['members'])} | {study['ensemble_accuracy']:.2%} "
-        f"| {study['ensemble_loss']:.4f} | {study['train_seconds_mean']:.3g} |"
-    )
+    cells = [
+        label,
+        *spread(study),
+        str(len(study["members"]) - len(study["diverged"])),
+        f"{study['ensemble_accuracy']:.2%}",
+        f"{study['ensemble_loss']:.4f}",
+        f"{study['train_seconds_mean']:.3g}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main(arguments):
@@ -225,13 +276,12 @@ def main(arguments):
     for recipe in recipes.values():
         require_views(recipe, count=command.views)
     workdir = command.workdir or Path("runs") / f"seeds-{name}"
-    if command.resume and not (workdir / "members-0").exists():
+    if command.resume and not holds_run(workdir / "members-0"):
         raise InputError(f"there is no study to resume in {workdir}; leave out --resume")
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes.values())
     runtime.configure(cpu_devices=command.devices or cores)
 
     from mnist_flax.figures import plot_seeds, save_figure
-    from mnist_flax.workdir import write_json
 
     interrupts = runtime.Interrupts()
     interrupts.install()
@@ -247,12 +297,11 @@ def main(arguments):
                 archives=command.archives,
                 devices=command.devices,
                 workdir=checkpoints,
-                resume=command.resume and checkpoints.exists(),
+                resume=command.resume and holds_run(checkpoints),
                 interrupted=interrupts,
             )
-        except Interrupted as stop:
-            print(f"{stop}; continue with the same command and --resume", file=sys.stderr)
-            return interrupts.exit_status
+        except Interrupted as end:
+            return interrupts.stop(end)
     for label, study in studies.items():
         print(describe(label, study))
         print(*rows(label, study), sep="\n")
@@ -261,7 +310,8 @@ def main(arguments):
         summary |= compare(*accuracies.values())
         print(f"difference {summary['difference']:+.3%}, paired t-test p {summary['p_value']:.2g}")
     write_json(workdir / "study.json", summary)
-    save_figure(plot_seeds(accuracies), workdir / "seeds.png")
+    finite = {label: values[np.isfinite(values)] for label, values in accuracies.items()}
+    save_figure(plot_seeds(finite), workdir / "seeds.png")
     print(f"written to {workdir}")
     return 0
 

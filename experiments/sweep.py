@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -20,8 +21,9 @@ import numpy as np
 import tyro
 
 from mnist_flax import command_line, runtime
-from mnist_flax.errors import InputError
+from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.recipes import Recipe, traceable, with_fields
+from mnist_flax.workdir import holds_run, write_json
 
 SET_BY_THE_SEARCH = ("seed", "val_size", "split_seed")
 
@@ -38,7 +40,8 @@ class Command:
       search_val_size: validation examples that choose, taken from training.
       fresh_seeds: how many seeds to train the winner from, at least 2.
       first_seed: the first seed of the search; the winner's begin at 1000 above it.
-      workdir: where sweep.json and response.png go; by default runs/sweep-NAME.
+      workdir: where sweep.json, response.png and checkpoints go; by default runs/sweep-NAME.
+      resume: continue the sweep in workdir; give the same options again.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       archives: a directory of four IDX archives to read the dataset from.
       devices: how many devices share a batch; by default all, and on the CPU one a core.
@@ -52,6 +55,7 @@ class Command:
     fresh_seeds: int = 3
     first_seed: int = 0
     workdir: Path | None = None
+    resume: bool = False
     data_dir: Path | None = None
     archives: Path | None = None
     devices: int | None = None
@@ -137,27 +141,42 @@ def load(command: Command):
     )
 
 
-def search(tried: list[dict[str, float]], command: Command, splits) -> np.ndarray:
-    """Returns the validation accuracies [points, seeds]; that of a run that diverged is 0.
+def search(
+    tried: list[dict[str, float]],
+    command: Command,
+    splits,
+    *,
+    workdir: Path,
+    interrupted: Callable[[], bool],
+) -> np.ndarray:
+    """Returns the validation accuracies [points, seeds]; that of a run that diverged is NaN.
 
     Points that differ only in what members of one program may differ in are trained together.
+
+    Raises:
+      Interrupted: `interrupted()` became true.
     """
     from mnist_flax.members import fit_many, member_mesh
 
-    accuracies = np.zeros((len(tried), command.seeds))
+    accuracies = np.full((len(tried), command.seeds), np.nan)
     members = list(itertools.product(range(len(tried)), range(command.seeds)))
     together = [name for name in tried[0] if name in traceable(command.recipe)]
     apart = [name for name in tried[0] if name not in together]
-    for values in dict.fromkeys(tuple(point[name] for name in apart) for point in tried):
+    groups = dict.fromkeys(tuple(point[name] for name in apart) for point in tried)
+    for number, values in enumerate(groups):
         fixed = dict(zip(apart, values, strict=True))
         here = [(row, seed) for row, seed in members if fixed.items() <= tried[row].items()]
         common = with_fields(command.recipe, fixed | {"val_size": command.search_val_size})
+        directory = workdir / f"search-{number}"
         result = fit_many(
             common,
             splits,
             seeds=[command.first_seed + seed for _, seed in here],
             vary={name: [tried[row][name] for row, _ in here] for name in together},
             mesh=member_mesh(len(here), devices=command.devices),
+            workdir=directory,
+            resume=command.resume and holds_run(directory),
+            interrupted=interrupted,
         )
         best = command.recipe.val_size > 0
         for i, (row, seed) in enumerate(here):
@@ -166,15 +185,42 @@ def search(tried: list[dict[str, float]], command: Command, splits) -> np.ndarra
 
 
 def val_accuracy(result, index: int, *, best: bool) -> float:
-    """Returns what a member is chosen by; 0 for one that diverged.
+    """Returns what a member is chosen by; NaN for one that diverged.
 
     It is the accuracy of the epoch whose state the winner will end with: the best one, or the last
     where the winner trains without validation.
     """
     if result.diverged[index] is not None:
-        return 0.0
+        return math.nan
     epoch = result.best_epochs[index] if best else len(result.histories[index])
     return result.histories[index][epoch - 1]["val_accuracy"]
+
+
+def mean_of_finite(values: np.ndarray) -> float:
+    """Returns the mean of the numbers among `values`; NaN if there is none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else math.nan
+
+
+def winner(accuracies: np.ndarray) -> int:
+    """Returns the point of the highest mean, among those of which the fewest seeds diverged.
+
+    Raises:
+      DivergedError: every seed of every point did.
+    """
+    counts = np.isfinite(accuracies).sum(axis=1)
+    if not counts.any():
+        raise DivergedError(f"all {accuracies.size} networks diverged; lower the learning rate")
+    return max(range(len(counts)), key=lambda p: (counts[p], mean_of_finite(accuracies[p])))
+
+
+def describe(point: dict[str, float], accuracies: np.ndarray, first_seed: int) -> str:
+    """Returns a point and what its seeds reached, as a line."""
+    words = ", ".join(f"{field} {value:.4g}" for field, value in point.items())
+    lost = [str(first_seed + seed) for seed in np.flatnonzero(~np.isfinite(accuracies))]
+    diverged = f"; {len(lost)} more diverged: {', '.join(lost)}" if lost else ""
+    mean, count = mean_of_finite(accuracies), len(accuracies) - len(lost)
+    return f"{words}: validation accuracy {mean:.3%} ({count} seeds{diverged})"
 
 
 def main(arguments):
@@ -185,43 +231,51 @@ def main(arguments):
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
     tried = points(parse_vary(command.vary), draws=command.draws, seed=command.first_seed)
     recipes = [with_fields(command.recipe, point) for point in tried]
+    workdir = command.workdir or Path("runs") / f"sweep-{name}"
+    if command.resume and not holds_run(workdir / "search-0"):
+        raise InputError(f"there is no sweep to resume in {workdir}; leave out --resume")
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes)
     runtime.configure(cpu_devices=command.devices or cores)
 
     import seeds  # the script beside this one
 
     from mnist_flax.figures import plot_response, save_figure
-    from mnist_flax.workdir import write_json
 
     splits = load(command)
-    workdir = command.workdir or Path("runs") / f"sweep-{name}"
-    workdir.mkdir(parents=True, exist_ok=True)
-    accuracies = search(tried, command, splits)
-    means = accuracies.mean(axis=1)
-    best = int(means.argmax())
-    for point, row in zip(tried, accuracies, strict=True):
-        words = ", ".join(f"{field} {value:.4g}" for field, value in point.items())
-        print(f"{words}: validation accuracy {row.mean():.3%} ({len(row)} seeds)")
-    first_fresh = command.first_seed + 1000
-    study, _ = seeds.run_seeds(
-        recipes[best],
-        seeds=range(first_fresh, first_fresh + command.fresh_seeds),
-        data_dir=command.data_dir,
-        archives=command.archives,
-        devices=command.devices,
-    )
+    interrupts = runtime.Interrupts()
+    interrupts.install()
+    try:
+        accuracies = search(tried, command, splits, workdir=workdir, interrupted=interrupts)
+        best = winner(accuracies)
+        for point, row in zip(tried, accuracies, strict=True):
+            print(describe(point, row, command.first_seed))
+        first_fresh = command.first_seed + 1000
+        study, _ = seeds.run_seeds(
+            recipes[best],
+            seeds=range(first_fresh, first_fresh + command.fresh_seeds),
+            data_dir=command.data_dir,
+            archives=command.archives,
+            devices=command.devices,
+            workdir=workdir / "winner",
+            resume=command.resume and holds_run(workdir / "winner"),
+            interrupted=interrupts,
+        )
+    except Interrupted as end:
+        return interrupts.stop(end)
     print(seeds.describe("winner", study))
     summary = {
         "points": tried,
-        "val_accuracies": accuracies.tolist(),
+        "val_accuracies": [[a if math.isfinite(a) else None for a in row] for row in accuracies],
         "best": tried[best],
         "winner": study,
         "seconds": time.perf_counter() - began,
     }
     write_json(workdir / "sweep.json", summary)
     columns = {field: [point[field] for point in tried] for field in tried[0]}
+    means = np.array([mean_of_finite(row) for row in accuracies])
     save_figure(plot_response(columns, accuracies=means, best=best), workdir / "response.png")
     print(f"written to {workdir}")
+    return 0
 
 
 if __name__ == "__main__":

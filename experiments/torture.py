@@ -26,7 +26,7 @@ from mnist_flax import checkpoint, command_line
 from mnist_flax.data import load_splits
 from mnist_flax.errors import InputError
 from mnist_flax.fit import data_mesh, fresh_progress
-from mnist_flax.recipes import from_dict, to_dict
+from mnist_flax.recipes import from_dict
 from mnist_flax.results import RESULT_FILE
 from mnist_flax.workdir import METRICS_FILE, RECIPE_FILE
 
@@ -143,20 +143,16 @@ def timeless(value: Any) -> Any:
     return [timeless(entry) for entry in value] if isinstance(value, list) else value
 
 
-def final_arrays(workdir: Path, data_dir: Path | None) -> dict[int, Any]:
-    """Returns every array of every checkpoint that is kept, by step."""
+def final_arrays(workdir: Path, data_dir: Path | None) -> list[np.ndarray]:
+    """Returns every array of the last checkpoint."""
     recipe = from_dict(json.loads((workdir / RECIPE_FILE).read_text()))
     splits = load_splits(recipe.dataset, val_size=recipe.val_size, seed=0, data_dir=data_dir)
     steps = len(splits.train.labels) // recipe.batch_size
     like = fresh_progress(recipe, splits.info, steps=steps, mesh=data_mesh(1))
-    run = checkpoint.identity(to_dict(recipe), splits.info)
-    arrays = {}
-    with checkpoint.open_checkpoints(workdir) as manager:
-        for step in manager.all_steps():
-            kept = checkpoint.restore(manager, run, like, step=step).state
-            kept = dataclasses.replace(kept, key=jax.random.key_data(kept.key))
-            arrays[step] = [np.asarray(leaf) for leaf in jax.tree.leaves(kept)]
-    return arrays
+    saved = checkpoint.newest(
+        workdir, lambda record: checkpoint.progress_arrays(like), strict=True, set_aside=False
+    )
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(saved and saved.arrays)]
 
 
 def differences(reference: Path, victim: Path, data_dir: Path | None) -> list[str]:
@@ -168,12 +164,8 @@ def differences(reference: Path, victim: Path, data_dir: Path | None) -> list[st
     if timeless(rows(reference)) != timeless(rows(victim)):
         found.append(METRICS_FILE)
     ours, theirs = (final_arrays(d, data_dir) for d in (reference, victim))
-    if ours.keys() != theirs.keys():
-        found.append(f"checkpoints {sorted(ours)} and {sorted(theirs)}")
-    for step in ours.keys() & theirs.keys():
-        pairs = zip(ours[step], theirs[step], strict=True)
-        if not all(a.tobytes() == b.tobytes() for a, b in pairs):
-            found.append(f"arrays of step {step}")
+    if not ours or [a.tobytes() for a in ours] != [a.tobytes() for a in theirs]:
+        found.append("the arrays of the last checkpoint")
     return found
 
 

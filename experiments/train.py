@@ -26,7 +26,7 @@ class Command:
     Attributes:
       recipe: the recipe's fields.
       workdir: the run's directory; by default a new one under runs/.
-      resume: continue the run in workdir, by its own recipe.
+      resume: continue the run in workdir, by its own recipe; one that is named too must be it.
       strict: do not resume where the newest checkpoint is damaged.
       data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       archives: a directory of four IDX archives to read the dataset from.
@@ -64,8 +64,9 @@ def main(arguments):
     if command.resume:
         if command.workdir is None:
             raise InputError("resume needs the run's directory; give --workdir")
-        default = Command(command_line.recipe_of_run(command.workdir))
-        command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
+        if len(rest) == len(arguments):  # no --recipe was taken out: the run's own it is
+            default = Command(command_line.recipe_of_run(command.workdir))
+            command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
     start(command)
     with hosts.leave_at_once():
         return train(command, name, began)

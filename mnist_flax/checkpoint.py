@@ -1,6 +1,8 @@
 """Checkpoints: everything that a run is, in one Orbax item, written asynchronously.
 
-Each holds a digest of its contents, so that what a disk or a stray write did to it is noticed.
+Each holds a record, as JSON, of what was trained and how far it came, and a digest of all of its
+contents. A checkpoint is damaged where a file is missing or the digest is not that of what is read,
+and only then; whatever else keeps one from being read is an error that changes nothing.
 """
 
 from __future__ import annotations
@@ -8,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mnist_flax import hosts
 from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import CheckpointError, InputError
 from mnist_flax.metrics import Metrics
@@ -27,12 +32,16 @@ from mnist_flax.stopping import EarlyStopping
 
 CHECKPOINT_DIR = "checkpoints"
 ITEM = "progress"
-# One to continue from, and one more for when that is damaged; and the best that each names.
-KEEP_LATEST = 2
-
-T = TypeVar("T")
+FORMAT = 1  # of the record; one that cannot be read any more gets another number
+KEEP_LATEST = 2  # one to continue from, and one more for when that is damaged
+SET_ASIDE = "damaged-"  # what the directory of a damaged checkpoint is renamed to, with its step
+PACKAGES = ("mnist_flax", "jax", "flax", "optax", "orbax-checkpoint")
 
 log = logging.getLogger(__name__)
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint lacks a file, or is not what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,49 +51,50 @@ class Progress:
     Attributes:
       state: the training state; `state.step` says which epoch, and where in it.
       metrics: training metrics of the epoch that is under way; none at an epoch's start.
+      best: the state at the end of the best epoch so far, or without validation of the last one;
+        before there is one, the initial state.
       stopping: early stopping, which also names the best epoch.
       history: one row of numbers an epoch done.
+      seconds: what the epoch that is under way has taken, by the names of its row.
     """
 
     state: TrainState
     metrics: Metrics
+    best: TrainState
     stopping: EarlyStopping
     history: tuple[dict[str, Any], ...] = ()
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
-    def best_step(self) -> int | None:
-        """The step at the end of the best epoch; None before the first."""
-        best = [row["step"] for row in self.history if row["epoch"] == self.stopping.best_epoch]
-        return best[0] if best else None
+    def best_epoch(self) -> int:
+        """The epoch that `best` belongs to; 0 before there is one."""
+        return self.stopping.best_epoch or len(self.history)
 
 
-class _LatestAndBest:
-    """Orbax preservation policy: the newest checkpoints and those that they call the best.
+class Saved(NamedTuple):
+    """A checkpoint as it is read.
 
-    What an earlier process called the best is not known: while its checkpoints are among the
-    newest, nothing is deleted.
+    Attributes:
+      step: its step.
+      arrays: its arrays.
+      record: its record.
     """
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
-        latest = checkpoints[-KEEP_LATEST:]
-        if any(c.metrics is None for c in latest):
-            return [True] * len(checkpoints)
-        kept = {c.step for c in latest} | {c.metrics["best_step"] for c in latest}
-        return [c.step in kept for c in checkpoints]
+    step: int
+    arrays: Any
+    record: dict[str, Any]
 
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: Path) -> Iterator[ocp.CheckpointManager]:
-    """Opens `workdir`/checkpoints; on leaving, waits until what was saved is on disk.
+    """Opens `workdir`/checkpoints to write; on leaving, waits until what was saved is on disk.
 
     Raises:
       CheckpointError: on leaving, if what was saved last could not be written.
     """
-    options = ocp.CheckpointManagerOptions(preservation_policy=_LatestAndBest())
     manager = ocp.CheckpointManager(
         (workdir / CHECKPOINT_DIR).absolute(),
-        options=options,
+        options=ocp.CheckpointManagerOptions(max_to_keep=KEEP_LATEST),
         # Named, or Orbax would guess from the newest directory, which may be damaged.
         item_handlers={ITEM: ocp.PyTreeCheckpointHandler()},
     )
@@ -110,7 +120,23 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 def identity(recipe: dict[str, Any], info: DatasetInfo) -> dict[str, Any]:
     """Returns what is trained, and on what, as JSON values: only the same may continue it."""
-    return recipe | {"fingerprint": info.fingerprint}
+    dataset = json.loads(json.dumps(dataclasses.asdict(info)))
+    return {"recipe": recipe, "dataset": dataset}
+
+
+def require_same(record: dict[str, Any], run: dict[str, Any], *, where: object) -> None:
+    """Checks that a record is of the run whose `identity` is `run`.
+
+    Raises:
+      InputError: it is of another recipe, or of a dataset of another fingerprint.
+    """
+    lines = differences(record["recipe"], run["recipe"])
+    prints = [{"fingerprint": each["dataset"]["fingerprint"]} for each in (record, run)]
+    if lines := lines + differences(*prints):
+        raise InputError(
+            f"{where} has another recipe or dataset ({'; '.join(lines)}); continue it with its "
+            "own, or train anew in another workdir"
+        )
 
 
 def save(manager: ocp.CheckpointManager, run: dict[str, Any], progress: Progress) -> None:
@@ -121,14 +147,13 @@ def save(manager: ocp.CheckpointManager, run: dict[str, Any], progress: Progress
     Raises:
       CheckpointError: it, or the checkpoint before it, could not be written.
     """
-    record = {"stopping": dataclasses.asdict(progress.stopping), "history": progress.history}
+    record = {
+        "stopping": dataclasses.asdict(progress.stopping),
+        "history": progress.history,
+        "seconds": progress.seconds,
+    }
     write(
-        manager,
-        run,
-        step=int(progress.state.step),
-        arrays=_arrays(progress),
-        record=record,
-        best_step=progress.best_step,
+        manager, run, step=int(progress.state.step), arrays=progress_arrays(progress), record=record
     )
 
 
@@ -139,26 +164,41 @@ def write(
     step: int,
     arrays: Any,
     record: dict[str, Any],
-    best_step: int | None = None,
 ) -> None:
     """Writes a checkpoint; returns once the arrays are copied.
 
     Args:
       manager: where it goes.
-      run: what is being trained, and on what, as JSON values: only the same may continue.
+      run: the `identity` of what is trained.
       step: the steps taken.
       arrays: a pytree of arrays, none of them keys.
       record: whatever else belongs to it, as JSON values.
-      best_step: the step of an earlier checkpoint that is to be kept too.
 
     Raises:
       CheckpointError: it, or the one before it, could not be written.
     """
-    text = json.dumps({"recipe": run, **record})
+    about = {"format": FORMAT, "versions": versions(), "tree": describe(arrays)}
+    text = json.dumps(about | run | record)
     item = {"arrays": arrays, "run": text, "digest": _digest(arrays, text)}
     with _one_error(manager):
-        args = ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(item)})
-        manager.save(step, args=args, metrics={"best_step": best_step})
+        manager.save(step, args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(item)}))
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that decide what a checkpoint is made of."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def describe(arrays: Any) -> list[str]:
+    """Returns a line for each array: where it stands in the tree, its dtype and its shape."""
+
+    def name(part) -> str:
+        return str(next(getattr(part, a) for a in ("name", "key", "idx") if hasattr(part, a)))
+
+    return [
+        f"{'/'.join(map(name, path))} {array.dtype} {list(array.shape)}"
+        for path, array in jax.tree.leaves_with_path(arrays)
+    ]
 
 
 @contextlib.contextmanager
@@ -176,117 +216,120 @@ def _one_error(manager: ocp.CheckpointManager) -> Iterator[None]:
         ) from error
 
 
-def newest_sound(
-    manager: ocp.CheckpointManager, restore: Callable[[int], T], *, strict: bool
-) -> T | None:
-    """Restores the newest checkpoint that is whole.
+def newest(
+    workdir: Path, expect: Callable[[dict[str, Any]], Any], *, strict: bool, set_aside: bool
+) -> Saved | None:
+    """Reads the newest checkpoint that is not damaged. Processes agree on which that is.
 
-    Damaged ones are logged and deleted: the run will write them again, to the same bits.
+    Damaged ones are named in the log. They are set aside, by renaming, only once an older one was
+    read: then it is they that are at fault, and not the reader.
 
     Args:
-      manager: the run's checkpoints.
-      restore: restores the checkpoint of a step, or raises.
+      workdir: the run's directory.
+      expect: takes a checkpoint's record, and returns arrays whose tree, shapes and shardings are
+        taken; raises InputError where the checkpoint is another run's.
       strict: refuse where the newest is damaged.
+      set_aside: whether to rename damaged ones; else nothing is changed.
 
     Returns:
-      What `restore` returned; None where no checkpoint is left.
+      It, its arrays placed as those that `expect` returned; None where there never was one.
 
     Raises:
-      InputError: the checkpoint belongs to another run.
-      CheckpointError: the newest is damaged, and `strict` is set.
+      InputError: `expect` raised it, or the checkpoint is of another format.
+      CheckpointError: one cannot be read, though it is not damaged; or all are damaged; or the
+        newest is, and `strict` is set. Nothing was changed.
     """
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            return restore(step)
-        except CheckpointError as error:
-            if strict:
-                raise
-            log.warning("%s; going back to the one before", error)
-            manager.delete(step)
+    directory = (workdir / CHECKPOINT_DIR).absolute()
+    damaged: dict[int, str] = {}
+    while (step := _step_before(directory, min(damaged, default=None))) is not None:
+        reason = ""
+        with hosts.all_or_none():
+            try:
+                saved, like = _read(directory / str(step), step, expect)
+            except DamagedError as error:
+                if strict:
+                    raise
+                reason = str(error)
+        if any(hosts.agree(bool(reason))):
+            damaged[step] = (
+                reason or f"the checkpoint of step {step} is damaged for another process"
+            )
+            continue
+        for reason in damaged.values():
+            log.warning("%s; going back to the one of step %d", reason, step)
+        if set_aside:
+            _set_aside(directory, damaged)
+        arrays = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), saved.arrays, like)
+        return saved._replace(arrays=arrays)
+    if damaged:
+        raise CheckpointError(
+            f"{next(iter(damaged.values()))}, and so is every other one there: nothing was "
+            "changed; restore a copy of the directory, or train anew in another workdir"
+        )
     return None
 
 
-def restore_with_best(
-    manager: ocp.CheckpointManager, run: dict[str, Any], like: Progress, *, step: int
-) -> Progress:
-    """Restores the checkpoint of a step, if the best one that it names is whole too.
-
-    Arguments and errors are as in `restore`.
-    """
-    progress = restore(manager, run, like, step=step)
-    restore_best(manager, run, like, progress)
-    return progress
-
-
-def restore_best(
-    manager: ocp.CheckpointManager, run: dict[str, Any], like: Progress, progress: Progress
-) -> Progress:
-    """Returns the progress at the end of the best epoch that `progress` names.
-
-    That is `progress` itself where it names none, or its own epoch. Errors are as in `restore`.
-    """
-    if progress.best_step in (None, int(progress.state.step)):
-        return progress
-    wait(manager)
-    return restore(manager, run, like, step=progress.best_step)
-
-
-def restore(
-    manager: ocp.CheckpointManager, run: dict[str, Any], like: Progress, *, step: int
-) -> Progress:
-    """Restores a run's progress.
-
-    Args:
-      manager: the run's checkpoints.
-      run: the `identity` of the run that is about to continue; it must be the checkpoint's own.
-      like: a fresh run of the same recipe, whose shapes, shardings and static parts are taken.
-      step: the step to restore.
+def _step_before(directory: Path, limit: int | None) -> int | None:
+    """Returns the newest step saved before `limit`, as process 0 sees it; None if there is none.
 
     Raises:
-      InputError: the checkpoint belongs to another run.
-      CheckpointError: it is not there, or not what was saved.
+      CheckpointError: the directory cannot be listed.
     """
-    arrays, record = read(manager, run, step=step, like=_arrays(like))
-    return Progress(
-        state=with_arrays(like.state, arrays["state"]),
-        metrics=arrays["metrics"],
-        stopping=EarlyStopping(**record["stopping"]),
-        history=tuple(record["history"]),
-    )
+    steps = [-1]
+    with hosts.all_or_none():
+        try:
+            names = os.listdir(directory) if hosts.is_first() and directory.exists() else []
+        except OSError as error:
+            raise CheckpointError(f"{directory} cannot be read: {error.strerror}") from error
+        steps += [int(name) for name in names if name.isdecimal()]
+    step = hosts.from_first(max(s for s in steps if limit is None or s < limit))
+    return None if step < 0 else step
 
 
-def read(
-    manager: ocp.CheckpointManager, run: dict[str, Any], *, step: int, like: Any
-) -> tuple[Any, dict[str, Any]]:
-    """Reads what `write` wrote.
+def _set_aside(directory: Path, damaged: Iterable[int]) -> None:
+    """Renames damaged checkpoints, which no step's name is taken from then."""
+    with hosts.all_or_none():
+        for step in damaged if hosts.is_first() else ():
+            name, number = f"{SET_ASIDE}{step}", 1
+            while (directory / name).exists():
+                number += 1
+                name = f"{SET_ASIDE}{step}-{number}"
+            (directory / str(step)).rename(directory / name)
 
-    Args:
-      manager: where it is.
-      run: as in `write`.
-      step: as in `write`.
-      like: arrays whose tree, shapes and shardings are taken.
 
-    Returns:
-      The arrays and the record.
+def _read(directory: Path, step: int, expect: Callable[[dict[str, Any]], Any]) -> tuple[Saved, Any]:
+    """Reads a checkpoint, as numpy arrays, and returns it with what `expect` returned.
 
     Raises:
-      InputError: the checkpoint belongs to another run.
-      CheckpointError: it is not there, or not what was saved.
+      InputError: it is of another run or format.
+      DamagedError: it is damaged.
+      CheckpointError: it cannot be read.
     """
-    where = f"the checkpoint of step {step} in {manager.directory}"
-    saved = _restore(manager, step, {"run": "", "digest": ""}, where)
+    where = f"the checkpoint of step {step} in {directory.parent}"
+    saved = _restore(directory, {"run": "", "digest": ""}, where)
     try:
         record = json.loads(saved["run"])
-        # The first checkpoints held no fingerprint.
-        lines = differences({"fingerprint": run["fingerprint"]} | record["recipe"], run)
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{where} is damaged: its record cannot be read") from None
-    if lines:
-        raise InputError(f"{where} has another recipe or dataset ({'; '.join(lines)})")
-    arrays = _restore(manager, step, {"arrays": like}, where)["arrays"]
+    except (ValueError, TypeError):
+        raise DamagedError(f"{where} is damaged: its record cannot be read") from None
+    if record.get("format") != FORMAT:
+        raise InputError(
+            f"{where} is of format {record.get('format', 0)}, and this version of mnist_flax reads "
+            f"format {FORMAT}; use the version that wrote it"
+        )
+    like = expect(record)
+    if other := sorted(set(record["tree"]) ^ set(describe(like))):
+        raise InputError(
+            f"{where} has other arrays ({other[0]} is not in both), written with "
+            f"{_words(record['versions'])}; here are {_words(versions())}: use those that wrote it"
+        )
+    arrays = _restore(directory, {"arrays": like}, where)["arrays"]
     if _digest(arrays, saved["run"]) != saved["digest"]:
-        raise CheckpointError(f"{where} is damaged: its digest is not that of its contents")
-    return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), arrays, like), record
+        raise DamagedError(f"{where} is damaged: its digest is not that of its contents")
+    return Saved(step, arrays, record), like
+
+
+def _words(packages: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in packages.items())
 
 
 def _digest(arrays: Any, record: str) -> str:
@@ -297,9 +340,25 @@ def _digest(arrays: Any, record: str) -> str:
     return sha.hexdigest()
 
 
-def _arrays(progress: Progress) -> dict[str, Any]:
+def progress_arrays(progress: Progress) -> dict[str, Any]:
     """Returns the arrays of a run's checkpoint."""
-    return {"state": state_arrays(progress.state), "metrics": progress.metrics}
+    return {
+        "state": state_arrays(progress.state),
+        "metrics": progress.metrics,
+        "best": state_arrays(progress.best),
+    }
+
+
+def progress_of(saved: Saved, like: TrainState) -> Progress:
+    """Returns the progress that `save` saved, with the static parts of the state `like`."""
+    return Progress(
+        state=with_arrays(like, saved.arrays["state"]),
+        metrics=saved.arrays["metrics"],
+        best=with_arrays(like, saved.arrays["best"]),
+        stopping=EarlyStopping(**saved.record["stopping"]),
+        history=tuple(saved.record["history"]),
+        seconds=saved.record["seconds"],
+    )
 
 
 def state_arrays(state: TrainState) -> dict[str, Any]:
@@ -317,12 +376,11 @@ def with_arrays(like: TrainState, arrays: dict[str, Any]) -> TrainState:
     return dataclasses.replace(like, **arrays | {"key": jax.random.wrap_key_data(arrays["key"])})
 
 
-def _restore(
-    manager: ocp.CheckpointManager, step: int, like: dict[str, Any], where: str
-) -> dict[str, Any]:
+def _restore(directory: Path, like: dict[str, Any], where: str) -> dict[str, Any]:
     """Restores part of an item as numpy arrays and strings.
 
     Raises:
+      DamagedError: a file is missing or its contents are not what was written.
       CheckpointError: it cannot be read.
     """
 
@@ -332,7 +390,49 @@ def _restore(
     args = ocp.args.PyTreeRestore(
         item=like, restore_args=jax.tree.map(how, like), partial_restore=True
     )
+    # The handler and not a manager, in which several processes would wait for each other.
+    handler = ocp.PyTreeCheckpointHandler()
     try:
-        return dict(manager.restore(step, args=ocp.args.Composite(**{ITEM: args}))[ITEM])
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-        raise CheckpointError(f"{where} is damaged: {type(error).__name__}") from error
+        return dict(handler.restore(_epath(directory / ITEM), args=args))
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        first = error
+    _require_readable(directory, first, where)
+    try:
+        return dict(handler.restore(_epath(directory / ITEM), args=args))
+    except Exception as error:  # twice the same: it is no passing fault of a disk or a network
+        _require_readable(directory, error, where)
+        raise DamagedError(f"{where} is damaged: {type(error).__name__}") from error
+
+
+def _epath(path: Path) -> Any:
+    from etils import epath  # Orbax's own kind of path
+
+    return epath.Path(path)
+
+
+def _require_readable(directory: Path, error: Exception, where: str) -> None:
+    """Checks that it was not the system that failed: every file below `directory` can be read.
+
+    Raises:
+      CheckpointError: one cannot, or `error` says that a resource ran out.
+    """
+    text = str(error)
+    # TensorStore's words for errno, and for memory and file handles that ran out.
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "EMFILE" in text:
+        line = text.strip().partition("\n")[0][-200:] or "out of memory"
+        raise CheckpointError(f"{where} cannot be read ({line}); nothing was changed") from error
+
+    def refuse(unreadable: OSError):
+        if not isinstance(unreadable, FileNotFoundError):
+            reason = f"{unreadable.filename}: {unreadable.strerror}"
+            raise CheckpointError(f"{where} cannot be read ({reason}); nothing was changed")
+
+    for folder, _, names in os.walk(directory, onerror=refuse):
+        for name in names:
+            try:
+                with open(os.path.join(folder, name), "rb") as file:
+                    while file.read(2**20):
+                        pass
+            except OSError as unreadable:
+                unreadable.filename = name
+                refuse(unreadable)

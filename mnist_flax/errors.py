@@ -20,7 +20,7 @@ class DivergedError(FloatingPointError):
 
 
 class CheckpointError(OSError):
-    """A checkpoint is damaged, or cannot be written.
+    """A checkpoint is damaged, or cannot be read or written.
 
     The experiment scripts print the message and exit with status 2.
     """
@@ -32,9 +32,11 @@ class Interrupted(Exception):
     Attributes:
       state: the training state after that step.
       metrics: the training metrics of the epoch so far; None where training was done.
+      seconds: what the epoch so far has taken, by the names of its row.
     """
 
     def __init__(self, state: Any, metrics: Any):
         super().__init__(f"interrupted after step {state.step.max()}")
         self.state = state
         self.metrics = metrics
+        self.seconds: dict[str, float] = {}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,16 @@ from mnist_flax.steps import (
     train_step,
 )
 from mnist_flax.stopping import EarlyStopping
-from mnist_flax.workdir import LOCK_FILE, RECIPE_FILE, MetricsLog, NoLog, claim, write_json
+from mnist_flax.workdir import (
+    LOCK_FILE,
+    RECIPE_FILE,
+    MetricsLog,
+    NoLog,
+    claim,
+    read_json,
+    require_no_checkpoint_lost,
+    write_json,
+)
 
 # How long the device works between two looks of the host at the metrics and at interrupts.
 CALL_SECONDS = 0.5
@@ -75,8 +84,8 @@ class EpochResult:
       train_accuracy: the same of the accuracy, in [0, 1].
       val_loss: validation loss after it, in nats; None without a validation split.
       val_accuracy: validation accuracy after it, in [0, 1]; None without a validation split.
-      compile_seconds: time that compilation took, in the first epoch of a process.
-      train_seconds: time in training steps since the epoch, or the process, began.
+      compile_seconds: time that compilation took, in the first epoch of each process.
+      train_seconds: time in its training steps, that before an interruption included.
       eval_seconds: time in validation.
     """
 
@@ -210,10 +219,13 @@ def zero_metrics(mesh: Mesh) -> Metrics:
 
 def fresh_progress(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Progress:
     """Returns a run's progress at step 0, on all of the mesh's devices."""
+    state = initial_state(recipe, info, steps=steps, mesh=mesh)
     return Progress(
-        state=initial_state(recipe, info, steps=steps, mesh=mesh),
+        state=state,
         metrics=zero_metrics(mesh),
+        best=state,
         stopping=EarlyStopping(**dataclasses.asdict(recipe.stopping)),
+        seconds=no_seconds(),
     )
 
 
@@ -430,12 +442,31 @@ def never() -> bool:
     return False
 
 
+class Latch:
+    """An `interrupted` that goes on being true once it was."""
+
+    def __init__(self, interrupted: Callable[[], bool]):
+        self._interrupted = interrupted
+        self._was = False
+
+    def __call__(self) -> bool:
+        """Returns whether `interrupted` has ever returned True."""
+        self._was = self._was or self._interrupted()
+        return self._was
+
+
+def no_seconds() -> dict[str, float]:
+    """Returns what an epoch has taken before it began, by the names of its row."""
+    return {"compile_seconds": 0.0, "train_seconds": 0.0}
+
+
 def epochs(
     recipe: Recipe,
     splits: Splits,
     *,
     start: TrainState | None = None,
     start_metrics: Metrics | None = None,
+    start_seconds: Mapping[str, float] = types.MappingProxyType({}),
     mesh: Mesh | None = None,
     progress: bool = False,
     interrupted: Callable[[], bool] = never,
@@ -450,16 +481,17 @@ def epochs(
         optimizer and schedule instead of its own; None begins anew. In several processes it must
         be on the mesh already.
       start_metrics: the metrics so far of the epoch that `start` is in; None at its start.
+      start_seconds: what that epoch has taken so far, by the names of its row.
       mesh: the devices, with an axis "data" over which batches are shared; None takes all.
       progress: whether to draw a progress bar.
-      interrupted: asked now and then; once it returns True, in any process, training stops.
+      interrupted: asked now and then; once it has returned True, in any process, training stops.
 
     Raises:
       InputError: the recipe cannot train on these splits or devices, or continue from `start`.
       DivergedError: a loss or a parameter is not finite.
-      Interrupted: `interrupted()` became true within an epoch.
+      Interrupted: `interrupted()` was true before the last epoch's last step.
     """
-    mesh = mesh or data_mesh()
+    mesh, interrupted = mesh or data_mesh(), Latch(interrupted)
     check_fits(recipe, splits, mesh=mesh)
     steps = splits.train.num_examples // recipe.batch_size
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -487,22 +519,23 @@ def epochs(
     plateau: Callable[..., TrainState] = jax.jit(
         functools.partial(reduce_on_plateau, **dataclasses.asdict(recipe.plateau))
     )
-    programs = None
+    programs, seconds = None, no_seconds() | dict(start_seconds)
     for epoch in range(int(state.step) // steps + 1, recipe.epochs + 1):
+        if any(hosts.agree(programs is not None and interrupted())):
+            raise Interrupted(state, metrics)
         done = int(state.step) % steps
         indices_SB = order(draw_key(state.key, Purpose.ORDER, epoch))
         if isinstance(train, Records):
             feed = streamed_feed(train, indices_SB, start=done, mesh=mesh)
         else:
             feed = resident_feed(train, indices_SB)
-        compiled = 0.0
         if programs is None:
             programs = compile_programs(
                 recipe, state, metrics, feed(done, 0), val_batches, steps=steps, mesh=mesh
             )
-            compiled = programs.seconds
-        began = time.perf_counter()
-        with epoch_bar(recipe, epoch=epoch, steps=steps, done=done, shown=progress) as bar:
+            seconds["compile_seconds"] += programs.seconds
+        bar = epoch_bar(recipe, epoch=epoch, steps=steps, done=done, shown=progress)
+        with bar, timed(seconds):
             rate = float(schedule((epoch * steps) - 1) * state.plateau.scale)
             bar.set_description(f"epoch {epoch}/{recipe.epochs} final lr {rate:.2g}")
             state, metrics = train_epoch(
@@ -515,7 +548,7 @@ def epochs(
                 show=functools.partial(show, bar),
                 interrupted=interrupted,
             )
-        require_finite(norm(state.params), "norm of the parameters")
+            require_finite(norm(state.params), "norm of the parameters")
         trained = time.perf_counter()
         val_loss = val_accuracy = None
         if programs.evaluate is not None:
@@ -535,11 +568,23 @@ def epochs(
             train_accuracy=float(metrics.accuracy),
             val_loss=val_loss,
             val_accuracy=val_accuracy,
-            compile_seconds=compiled,
-            train_seconds=trained - began,
+            **seconds,
             eval_seconds=time.perf_counter() - trained,
         )
-        metrics = zero
+        metrics, seconds = zero, no_seconds()
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float]) -> Iterator[None]:
+    """Adds what the block takes to the epoch's training seconds, also where it is interrupted."""
+    began = time.perf_counter()
+    try:
+        yield
+    except Interrupted as end:
+        end.seconds = seconds
+        raise
+    finally:
+        seconds["train_seconds"] += time.perf_counter() - began
 
 
 def place(examples: Examples, sharding: NamedSharding) -> Examples:
@@ -592,7 +637,7 @@ def fit(
       workdir: where checkpoints, metrics.jsonl and TensorBoard events go; None keeps nothing.
         Several processes need one that all of them can read; process 0 writes the logs.
       resume: continue the run in `workdir`, of the same recipe and dataset, instead of starting
-        one, from the newest checkpoint that is not damaged.
+        one, from the newest checkpoint that is not damaged; damaged ones are renamed.
       strict: refuse to resume where the newest checkpoint is damaged.
       mesh: as in `epochs`.
       progress: whether to draw progress bars.
@@ -603,7 +648,8 @@ def fit(
       InputError: the recipe cannot train on these splits or devices; `workdir` holds a run and
         `resume` is not set, or holds none, or another, and it is; nothing was written.
       DivergedError: a loss or a parameter is not finite; the last checkpoint stays.
-      CheckpointError: a checkpoint cannot be written, or is damaged and `strict` is set.
+      CheckpointError: a checkpoint cannot be written or read, or none is sound, or the newest is
+        damaged and `strict` is set; nothing was changed.
       Interrupted: `interrupted()` became true.
     """
     if workdir is None:
@@ -634,14 +680,8 @@ def fit(
         steps = splits.train.num_examples // recipe.batch_size
         fresh = fresh_progress(recipe, splits.info, steps=steps, mesh=mesh)
         run = checkpoint.identity(to_dict(recipe), splits.info)
+        now = restored(workdir, run, fresh, strict=strict) if resume else fresh
         manager = held.enter_context(checkpoint.open_checkpoints(workdir))
-        now = fresh
-        if resume:
-
-            def restore(step: int) -> Progress:
-                return checkpoint.restore_with_best(manager, run, fresh, step=step)
-
-            now = checkpoint.newest_sound(manager, restore, strict=strict) or fresh
         if first:
             write_json(workdir / RECIPE_FILE, to_dict(recipe))
         with contextlib.closing(MetricsLog(workdir, now.history) if first else NoLog()) as log:
@@ -650,6 +690,7 @@ def fit(
                 splits,
                 start=now.state,
                 start_metrics=now.metrics,
+                start_seconds=now.seconds,
                 mesh=mesh,
                 progress=progress and first,
                 interrupted=interrupted,
@@ -659,33 +700,52 @@ def fit(
                     now = after_epoch(now, result, zero=fresh.metrics)
                     log.write(result.row())
                     checkpoint.save(manager, run, now)
-                    (stop,) = hosts.agree(interrupted())
-                    if stop and result.epoch < recipe.epochs:
-                        raise Interrupted(now.state, now.metrics)
             except Interrupted as end:
                 if int(end.state.step) > int(now.state.step):
-                    now = dataclasses.replace(now, state=end.state, metrics=end.metrics)
+                    now = dataclasses.replace(
+                        now, state=end.state, metrics=end.metrics, seconds=end.seconds
+                    )
                     checkpoint.save(manager, run, now)
                 raise
-        best = checkpoint.restore_best(manager, run, fresh, now)
     return FitResult(
-        state=best.state,
+        state=now.best,
         history=now.history,
-        best_epoch=int(best.state.step) // steps,
+        best_epoch=now.best_epoch,
         stopped_early=now.stopping.should_stop,
     )
 
 
+def restored(workdir: Path, run: dict[str, Any], fresh: Progress, *, strict: bool) -> Progress:
+    """Returns the progress of the run in `workdir`, whose identity is `run`; `fresh` before any.
+
+    Errors are as in `fit`.
+    """
+
+    def expect(record: dict[str, Any]) -> Any:
+        checkpoint.require_same(record, run, where=f"the run in {workdir}")
+        return checkpoint.progress_arrays(fresh)
+
+    saved = checkpoint.newest(workdir, expect, strict=strict, set_aside=True)
+    if saved is None:
+        with hosts.all_or_none():
+            require_no_checkpoint_lost(workdir)
+        return fresh
+    return checkpoint.progress_of(saved, fresh.state)
+
+
 def after_epoch(progress: Progress, result: EpochResult, *, zero: Metrics) -> Progress:
     """Returns the run's progress once an epoch is done."""
-    stopping = progress.stopping
+    stopping, improved = progress.stopping, True
     if result.val_loss is not None:
         stopping = stopping.update(result.val_loss, epoch=result.epoch)
+        improved = stopping.best_epoch == result.epoch
     return Progress(
         state=result.state,
         metrics=zero,
+        best=result.state if improved else progress.best,
         stopping=stopping,
         history=(*progress.history, result.row()),
+        seconds=no_seconds(),
     )
 
 
@@ -719,5 +779,8 @@ def check_same_recipe(workdir: Path, recipe: dict[str, Any]) -> None:
       InputError: it is of another; the differing fields are named.
     """
     path = workdir / RECIPE_FILE
-    if path.exists() and (lines := differences(json.loads(path.read_text()), recipe)):
-        raise InputError(f"the run in {workdir} has another recipe ({'; '.join(lines)})")
+    if path.exists() and (lines := differences(read_json(path), recipe)):
+        raise InputError(
+            f"the run in {workdir} has another recipe ({'; '.join(lines)}); leave these options "
+            "out to continue it, or give another workdir to train by them from the beginning"
+        )

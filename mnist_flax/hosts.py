@@ -114,22 +114,30 @@ def agree(*values: bool) -> tuple[bool, ...]:
     return tuple(map(bool, multihost_utils.process_allgather(np.array(values)).any(axis=0)))
 
 
+def from_first(value: int) -> int:
+    """Returns process 0's `value`, at least -2**31 and below 2**31; all processes call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """Lets no process go on where another refuses its input.
+    """Lets no process go on where another fails: the others would wait for it in a collective.
 
     Raises:
-      InputError: the block raised it, here or in another process.
+      Exception: the block raised it here.
+      InputError: the block raised something in another process.
     """
-    refusal = None
+    failure = None
     try:
         yield
-    except InputError as error:
-        refusal = error
-    (refused,) = agree(refusal is not None)
-    if refusal is not None:
-        raise refusal
-    if refused:
+    except Exception as error:
+        failure = error
+    (failed,) = agree(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
         raise InputError("another process of the job refused to start; its own line says why")
 
 

@@ -41,6 +41,7 @@ from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluate import Evaluation, batched_logits
 from mnist_flax.fit import (
     FitResult,
+    Latch,
     Programs,
     Window,
     check_fits,
@@ -50,10 +51,12 @@ from mnist_flax.fit import (
     first_devices,
     light_compilation,
     never,
+    no_seconds,
     place,
     require_workdir,
     resident_feed,
     sharded_batches,
+    timed,
     train_epoch,
     train_steps,
 )
@@ -137,6 +140,7 @@ class MembersProgress:
       stopping: each member's early stopping.
       histories: each member's rows, one an epoch done.
       diverged: why a member was given up; None for the others.
+      seconds: as in `Progress`, of all members together.
     """
 
     states: TrainState
@@ -145,6 +149,7 @@ class MembersProgress:
     stopping: tuple[EarlyStopping, ...]
     histories: tuple[tuple[dict[str, Any], ...], ...]
     diverged: tuple[str | None, ...]
+    seconds: dict[str, float]
 
     @property
     def step(self) -> int:
@@ -268,6 +273,7 @@ def fresh_progress(
         stopping=(EarlyStopping(**dataclasses.asdict(recipes[0].stopping)),) * M,
         histories=((),) * M,
         diverged=(None,) * M,
+        seconds=no_seconds(),
     )
 
 
@@ -388,7 +394,7 @@ def member_epochs(
       interrupted: asked now and then; once it returns True, training stops.
 
     Raises:
-      Interrupted: `interrupted()` became true within an epoch.
+      Interrupted: `interrupted()` was true before the last epoch's last step.
     """
     recipe, M, N = recipes[0], len(recipes), splits.train.num_examples
     steps = N // recipe.batch_size
@@ -410,23 +416,23 @@ def member_epochs(
     )
     schedule = jax.jit(recipe_schedule(recipe, steps_per_epoch=steps, traced=traced))
     now, zero, programs = start, no_metrics(M, mesh=mesh), None
+    seconds, interrupted = no_seconds() | start.seconds, Latch(interrupted)
     for epoch in range(now.step // steps + 1, recipe.epochs + 1):
         if not (count := int(now.active_M.sum())):
             return
+        if programs is not None and interrupted():
+            raise Interrupted(now.states, now.metrics)
         done = now.step % steps
         feed = resident_feed(train, orders(now.states.key, epoch))
-        compiled = 0.0
         if programs is None:
             programs = compile_programs(
                 recipe, now, traced, feed(done, 0), val_batches, steps=steps, mesh=mesh
             )
-            compiled = programs.seconds
-        began = time.perf_counter()
+            seconds["compile_seconds"] += programs.seconds
         active_M = jax.device_put(now.active_M, by_member)
         rates_M = np.broadcast_to(schedule(epoch * steps - 1) * now.states.plateau.scale, M)
-        with epoch_bar(
-            recipe, epoch=epoch, steps=steps, done=done, members=count, shown=progress
-        ) as bar:
+        bar = epoch_bar(recipe, epoch=epoch, steps=steps, done=done, members=count, shown=progress)
+        with bar, timed(seconds):
             states, metrics = train_epoch(
                 programs._replace(train=functools.partial(programs.train, active_M, traced)),
                 now.states,
@@ -437,7 +443,7 @@ def member_epochs(
                 show=functools.partial(show, bar),
                 interrupted=interrupted,
             )
-        norms_M = np.asarray(norms(states))
+            norms_M = np.asarray(norms(states))
         trained = time.perf_counter()
         val = None
         if programs.evaluate is not None:
@@ -445,14 +451,12 @@ def member_epochs(
             if recipe.plateau.patience is not None:
                 states = lower_rates(states, val.loss, active_M, options=recipe.plateau)
             jax.block_until_ready(val)
-        seconds = {
-            "compile_seconds": compiled / count,
-            "train_seconds": (trained - began) / count,
-            "eval_seconds": (time.perf_counter() - trained) / count,
-        }
+        seconds["eval_seconds"] = time.perf_counter() - trained
+        each = {name: total / count for name, total in seconds.items()}
         rows = epoch_rows(metrics, val, epoch=epoch, step=epoch * steps, rates_M=rates_M)
-        now = after_epoch(now, states, [row | seconds for row in rows], norms_M=norms_M)
-        now = dataclasses.replace(now, metrics=zero)
+        now = after_epoch(now, states, [row | each for row in rows], norms_M=norms_M)
+        seconds = no_seconds()
+        now = dataclasses.replace(now, metrics=zero, seconds=seconds)
         yield now
 
 
@@ -586,26 +590,48 @@ def fit_many(
     workdir = Path(workdir)
     if resume:
         check_same_recipe(workdir, study)
-    with claim(workdir, resume=resume), checkpoint.open_checkpoints(workdir) as manager:
-        now = fresh
-        if resume:
-            read = functools.partial(restore, manager, run, fresh)
-            now = checkpoint.newest_sound(manager, read, strict=strict) or fresh
+    with claim(workdir, resume=resume):
+        now = restored(workdir, run, fresh, strict=strict) if resume else fresh
         write_json(workdir / RECIPE_FILE, study)
         write_rows(workdir, now)
-        try:
-            for latest in train(start=now):
-                now = latest
-                write_rows(workdir, now)
-                save(manager, run, now)
-                if interrupted() and now.active_M.any() and now.step < recipe.epochs * steps:
-                    raise Interrupted(now.states, now.metrics)
-        except Interrupted as stop:
-            if int(np.max(stop.state.step)) > now.step:
-                now = dataclasses.replace(now, states=stop.state, metrics=stop.metrics)
-                save(manager, run, now)
-            raise
+        with checkpoint.open_checkpoints(workdir) as manager:
+            try:
+                for latest in train(start=now):
+                    now = latest
+                    write_rows(workdir, now)
+                    save(manager, run, now)
+            except Interrupted as end:
+                if int(np.max(end.state.step)) > now.step:
+                    now = dataclasses.replace(
+                        now, states=end.state, metrics=end.metrics, seconds=end.seconds
+                    )
+                    save(manager, run, now)
+                raise
     return members_result(recipes, now)
+
+
+def restored(
+    workdir: Path, run: dict[str, Any], fresh: MembersProgress, *, strict: bool
+) -> MembersProgress:
+    """Returns the progress of the study in `workdir`; as `fit.restored`."""
+
+    def expect(record: dict[str, Any]) -> Any:
+        checkpoint.require_same(record, run, where=f"the study in {workdir}")
+        return _arrays(fresh)
+
+    saved = checkpoint.newest(workdir, expect, strict=strict, set_aside=True)
+    if saved is None:
+        return fresh
+    record = saved.record
+    return MembersProgress(
+        states=checkpoint.with_arrays(fresh.states, saved.arrays["states"]),
+        metrics=saved.arrays["metrics"],
+        best=checkpoint.with_arrays(fresh.best, saved.arrays["best"]),
+        stopping=tuple(EarlyStopping(**values) for values in record["stopping"]),
+        histories=tuple(map(tuple, record["histories"])),
+        diverged=tuple(record["diverged"]),
+        seconds=record["seconds"],
+    )
 
 
 def members_result(recipes: tuple[Recipe, ...], progress: MembersProgress) -> MembersResult:
@@ -645,23 +671,9 @@ def save(manager: ocp.CheckpointManager, run: dict[str, Any], progress: MembersP
         "stopping": [dataclasses.asdict(stop) for stop in progress.stopping],
         "histories": progress.histories,
         "diverged": progress.diverged,
+        "seconds": progress.seconds,
     }
     checkpoint.write(manager, run, step=progress.step, arrays=_arrays(progress), record=record)
-
-
-def restore(
-    manager: ocp.CheckpointManager, run: dict[str, Any], like: MembersProgress, step: int
-) -> MembersProgress:
-    """Restores a study's progress; as `checkpoint.restore`."""
-    arrays, record = checkpoint.read(manager, run, step=step, like=_arrays(like))
-    return MembersProgress(
-        states=checkpoint.with_arrays(like.states, arrays["states"]),
-        metrics=arrays["metrics"],
-        best=checkpoint.with_arrays(like.best, arrays["best"]),
-        stopping=tuple(EarlyStopping(**values) for values in record["stopping"]),
-        histories=tuple(map(tuple, record["histories"])),
-        diverged=tuple(record["diverged"]),
-    )
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

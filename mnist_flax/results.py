@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mnist_flax.evaluate import Evaluation
 from mnist_flax.fit import FitResult, data_mesh, fresh_progress
 from mnist_flax.recipes import Recipe, from_dict, to_dict
 from mnist_flax.steps import TrainState
-from mnist_flax.workdir import write_json
+from mnist_flax.workdir import RECIPE_FILE, read_json, write_json
 
 RESULT_FILE = "result.json"
 
@@ -46,7 +45,10 @@ def summarize(
     data_seconds: float,
     test_seconds: float,
 ) -> dict[str, Any]:
-    """Returns the contents of result.json; seconds are totals over all of the run's processes."""
+    """Returns the contents of result.json.
+
+    Seconds are those that led to the result, in all of the run's processes; "data" is of the last.
+    """
     best = next(row for row in result.history if row["epoch"] == result.best_epoch)
 
     def total(name: str) -> float:
@@ -136,48 +138,66 @@ def write_results(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run, as read from its directory.
+    """A run, finished or not, as read from its directory.
 
     Attributes:
       workdir: the directory.
       recipe: its recipe.
       info: what its dataset is; the dataset itself need not be there.
-      state: its best epoch's state, or the last one's where there was no validation; one device's.
-      result: the contents of result.json.
+      state: its best epoch's state so far, or the last one's where there is no validation; one
+        device's. Before the end of the first epoch, the state that it has come to.
+      best_epoch: the epoch of `state`; 0 before the end of the first.
+      epochs: how many epochs are done.
     """
 
     workdir: Path
     recipe: Recipe
     info: DatasetInfo
     state: TrainState
-    result: dict[str, Any]
+    best_epoch: int
+    epochs: int
+
+    def __str__(self) -> str:
+        """Returns which weights these are, in words."""
+        which = f"of epoch {self.best_epoch}" if self.best_epoch else "from within epoch 1"
+        return f"{self.workdir}: weights {which}; {self.epochs} of {self.recipe.epochs} epochs done"
 
 
-def load_run(workdir: Path) -> Run:
-    """Reads a finished run.
+def load_run(workdir: str | Path) -> Run:
+    """Reads a run, whether or not it has come to its end; changes nothing.
 
     Raises:
-      InputError: there is none in `workdir`.
-      CheckpointError: its checkpoint is damaged.
+      InputError: there is none in `workdir`, or none that has a checkpoint yet.
+      CheckpointError: its checkpoints cannot be read.
     """
-    path = workdir / RESULT_FILE
+    workdir = Path(workdir).expanduser()
+    path = workdir / RECIPE_FILE
     if not path.exists():
-        raise InputError(f"there is no finished run in {workdir}: it has no {RESULT_FILE}")
-    try:
-        result = json.loads(path.read_text())
-        recipe = from_dict(result["recipe"])
-        dataset = result["dataset"]
-        for name in ("class_names", "image_shape"):
-            dataset[name] = tuple(dataset[name])
-        info = DatasetInfo(**dataset)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error!r}") from None
-    like = fresh_progress(recipe, info, steps=1, mesh=data_mesh(1))
-    own = checkpoint.identity(to_dict(recipe), info)
-    with checkpoint.open_checkpoints(workdir) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise InputError(f"there is no checkpoint in {workdir}")
-        progress = checkpoint.restore(manager, own, like, step=step)
-        progress = checkpoint.restore_best(manager, own, like, progress)
-    return Run(workdir, recipe, info, progress.state, result)
+        raise InputError(f"there is no run in {workdir}: it has no {RECIPE_FILE}")
+    if "seeds" in (values := read_json(path)):
+        raise InputError(f"{workdir} holds a study of many networks; name the directory of a run")
+    recipe, infos = from_dict(values), []
+
+    def expect(record: dict[str, Any]) -> Any:
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in record["dataset"].items()}
+        infos.append(DatasetInfo(**lists))
+        checkpoint.require_same(
+            record, checkpoint.identity(to_dict(recipe), infos[-1]), where=f"the run in {workdir}"
+        )
+        return checkpoint.progress_arrays(like(infos[-1]))
+
+    def like(info: DatasetInfo) -> checkpoint.Progress:
+        return fresh_progress(recipe, info, steps=1, mesh=data_mesh(1))
+
+    saved = checkpoint.newest(workdir, expect, strict=False, set_aside=False)
+    if saved is None:
+        raise InputError(f"the run in {workdir} has no checkpoint yet; let it train for longer")
+    progress = checkpoint.progress_of(saved, like(infos[-1]).state)
+    return Run(
+        workdir,
+        recipe,
+        infos[-1],
+        progress.best if progress.best_epoch else progress.state,
+        progress.best_epoch,
+        len(progress.history),
+    )

@@ -11,6 +11,8 @@ from pathlib import Path
 import absl.logging
 import jax
 
+from mnist_flax.errors import Interrupted
+
 
 def share_cores(batch_size: int) -> int:
     """Returns the largest number of the CPU's cores that can share a batch evenly."""
@@ -67,6 +69,11 @@ class Interrupts:
     def __call__(self) -> bool:
         """Returns whether a signal came."""
         return self.signal is not None
+
+    def stop(self, end: Interrupted) -> int:
+        """Says how a study that was interrupted goes on; returns the exit status."""
+        print(f"{end}; continue with the same command and --resume", file=sys.stderr)
+        return self.exit_status
 
     @property
     def exit_status(self) -> int:

@@ -19,7 +19,10 @@ LOCK_FILE = ".lock"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader, or a kill, sees the old one or the new one, whole."""
+    """Writes a file so that a reader sees the old one or the new one, whole.
+
+    So it is after a kill and, where the file system keeps its promises, after a loss of power.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -29,6 +32,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name is the directory's to keep
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,6 +48,40 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def holds_run(workdir: Path) -> bool:
+    """Returns whether a run, or a study, was begun in `workdir`."""
+    return (workdir / RECIPE_FILE).exists()
+
+
+def require_no_checkpoint_lost(workdir: Path) -> None:
+    """Checks that a run without a checkpoint is one that was killed before its first.
+
+    Raises:
+      InputError: its log has more epochs than were ever begun without a checkpoint.
+    """
+    path = workdir / METRICS_FILE
+    epochs = path.read_text().count("\n") if path.exists() else 0
+    if epochs > 2:  # the second epoch's row is written before the first one's checkpoint is awaited
+        raise InputError(
+            f"{workdir} holds a run of {epochs} epochs and no checkpoint; put its checkpoints back,"
+            " or train anew in another workdir"
+        )
 
 
 @contextlib.contextmanager
@@ -55,11 +98,7 @@ def claim(workdir: Path, *, resume: bool) -> Iterator[None]:
       InputError: `resume` where no run is; a run, or another kind of file, where none is expected;
         or another process that holds the directory.
     """
-    holds_run = (workdir / RECIPE_FILE).exists()
-    if resume and not holds_run:
-        raise InputError(f"there is no run to resume in {workdir}; leave out --resume to start one")
-    if not resume and holds_run:
-        raise InputError(f"{workdir} holds a run; give --resume to continue it, or another workdir")
+    _check_expected(workdir, resume=resume)
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"{workdir} is not a directory; give another workdir")
     workdir.mkdir(parents=True, exist_ok=True)
@@ -69,7 +108,15 @@ def claim(workdir: Path, *, resume: bool) -> Iterator[None]:
     except filelock.Timeout:
         raise InputError(f"another process is using {workdir}; wait for it, or stop it") from None
     with held:
+        _check_expected(workdir, resume=resume)  # another process may have been here before
         yield
+
+
+def _check_expected(workdir: Path, *, resume: bool) -> None:
+    if resume and not holds_run(workdir):
+        raise InputError(f"there is no run to resume in {workdir}; leave out --resume to start one")
+    if not resume and holds_run(workdir):
+        raise InputError(f"{workdir} holds a run; give --resume to continue it, or another workdir")
 
 
 class MetricsLog:
