@@ -36,6 +36,7 @@ from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.metrics import Metrics
 from mnist_flax.ops import BATCH_AXIS
 from mnist_flax.recipes import (
+    PlateauConfig,
     Recipe,
     differences,
     recipe_optimizer,
@@ -43,6 +44,7 @@ from mnist_flax.recipes import (
     recipe_state,
     step_options,
     to_dict,
+    without_seed,
 )
 from mnist_flax.steps import (
     Augment,
@@ -178,14 +180,74 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh) -> None:
             "validation examples; load them with the recipe's val_size"
         )
     steps = splits.train.num_examples // recipe.batch_size
-    jax.eval_shape(lambda: recipe_state(recipe, splits.info, steps_per_epoch=steps))
+    state_shape(without_seed(recipe), splits.info, steps=steps)
+
+
+# The functions that JAX compiles are made once for whatever decides them, so that a second run of a
+# recipe in a process, from whatever seed, compiles nothing.
+once = functools.lru_cache(maxsize=16)
+
+
+@once
+def state_program(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Callable:
+    """Returns the compiled `recipe_state`, a function of the run's key."""
+
+    def create(key):
+        return recipe_state(recipe, info, steps_per_epoch=steps, key=key)
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(create, out_shardings=everywhere, compiler_options=light_compilation())
+
+
+@once
+def state_shape(recipe: Recipe, info: DatasetInfo, *, steps: int) -> TrainState:
+    """Returns the shapes of a run's state.
+
+    Raises:
+      InputError: the recipe's network cannot take the dataset's images.
+    """
+    return jax.eval_shape(lambda: recipe_state(recipe, info, steps_per_epoch=steps))
+
+
+@once
+def train_program(recipe: Recipe, *, steps: int, mesh: Mesh) -> Callable:
+    """Returns `train_steps` of a recipe to be compiled; it takes over the state's arrays."""
+    options = step_options(recipe, steps_per_epoch=steps)
+    return jax.jit(
+        functools.partial(train_steps, **options),
+        donate_argnums=0,
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+
+
+@once
+def order_program(*, num_examples: int, batch_size: int, mesh: Mesh) -> Callable:
+    """Returns the compiled `epoch_order`, a function of a key, shared over the batch."""
+    return jax.jit(
+        functools.partial(epoch_order, num_examples=num_examples, batch_size=batch_size),
+        out_shardings=NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS)),
+    )
+
+
+@once
+def schedule_program(recipe: Recipe, *, steps: int) -> Callable:
+    """Returns the compiled learning rate, a function of the step."""
+    return jax.jit(recipe_schedule(recipe, steps_per_epoch=steps))
+
+
+@once
+def plateau_program(config: PlateauConfig) -> Callable[..., TrainState]:
+    """Returns the compiled `reduce_on_plateau`, a function of a state and a loss."""
+    return jax.jit(functools.partial(reduce_on_plateau, **dataclasses.asdict(config)))
+
+
+norm = jax.jit(optax.tree.norm)
 
 
 def initial_state(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> TrainState:
     """Returns a run's state at step 0, on all of the mesh's devices; an epoch has `steps` steps."""
-    create = functools.partial(recipe_state, recipe, info, steps_per_epoch=steps)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(create, out_shardings=everywhere, compiler_options=light_compilation())()
+    create = state_program(without_seed(recipe), info, steps=steps, mesh=mesh)
+    return create(jax.random.key(recipe.seed))
 
 
 def continued(
@@ -214,7 +276,7 @@ def light_compilation() -> dict[str, int] | None:
 
 def zero_metrics(mesh: Mesh) -> Metrics:
     """Returns an epoch's metrics before its first step, on all of the mesh's devices."""
-    return jax.jit(Metrics.zero, out_shardings=NamedSharding(mesh, PartitionSpec()))()
+    return jax.device_put(Metrics.zero(), NamedSharding(mesh, PartitionSpec()))
 
 
 def fresh_progress(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Progress:
@@ -285,6 +347,9 @@ def eval_steps(state: TrainState, batches: Examples) -> Metrics:
         return metrics.merge(eval_step(state, batch)), None
 
     return jax.lax.scan(body, Metrics.zero(), batches)[0]
+
+
+eval_program = jax.jit(eval_steps)
 
 
 class Window(NamedTuple):
@@ -362,15 +427,12 @@ def compile_programs(
 ) -> Programs:
     """Compiles training and validation for arrays like these, on a mesh; runs nothing."""
     began = time.perf_counter()
-    options = step_options(recipe, steps_per_epoch=steps)
-    steps_of_epoch = functools.partial(train_steps, **options)
-    everywhere = jax.tree.map(lambda array: array.sharding, (state, metrics))
-    train = jax.jit(steps_of_epoch, donate_argnums=0, out_shardings=everywhere)
+    train: Any = train_program(without_seed(recipe), steps=steps, mesh=mesh)
     evaluate = None
     with jax.set_mesh(mesh):
-        train = train.lower(state, metrics, *window).compile()
+        train = train.lower(state, metrics, *window._replace(start=0, stop=0)).compile()
         if val_batches is not None:
-            evaluate = jax.jit(eval_steps).lower(state, val_batches).compile()
+            evaluate = eval_program.lower(state, val_batches).compile()
     return Programs(train, evaluate, time.perf_counter() - began)
 
 
@@ -495,7 +557,6 @@ def epochs(
     check_fits(recipe, splits, mesh=mesh)
     steps = splits.train.num_examples // recipe.batch_size
     everywhere = NamedSharding(mesh, PartitionSpec())
-    by_batch = NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS))
     if start is None:
         state = initial_state(recipe, splits.info, steps=steps, mesh=mesh)
     else:
@@ -508,17 +569,11 @@ def epochs(
     train = splits.train
     if not isinstance(train, Records):
         train = place(train, everywhere)
-    order = jax.jit(
-        functools.partial(
-            epoch_order, num_examples=splits.train.num_examples, batch_size=recipe.batch_size
-        ),
-        out_shardings=by_batch,
+    order = order_program(
+        num_examples=splits.train.num_examples, batch_size=recipe.batch_size, mesh=mesh
     )
-    schedule = jax.jit(recipe_schedule(recipe, steps_per_epoch=steps))
-    norm = jax.jit(optax.tree.norm)
-    plateau: Callable[..., TrainState] = jax.jit(
-        functools.partial(reduce_on_plateau, **dataclasses.asdict(recipe.plateau))
-    )
+    schedule = schedule_program(without_seed(recipe), steps=steps)
+    plateau = plateau_program(recipe.plateau)
     programs, seconds = None, no_seconds() | dict(start_seconds)
     for epoch in range(int(state.step) // steps + 1, recipe.epochs + 1):
         if any(hosts.agree(programs is not None and interrupted())):

@@ -52,6 +52,7 @@ from mnist_flax.fit import (
     light_compilation,
     never,
     no_seconds,
+    once,
     place,
     require_workdir,
     resident_feed,
@@ -74,6 +75,7 @@ from mnist_flax.recipes import (
     to_dict,
     traceable,
     with_fields,
+    without_seed,
 )
 from mnist_flax.steps import (
     Purpose,
@@ -256,14 +258,7 @@ def fresh_progress(
     by_member = NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))
     keys_M = jnp.stack([jax.random.key(recipe.seed) for recipe in recipes])
 
-    def create(key, _):
-        return recipe_state(recipes[0], info, steps_per_epoch=steps, key=key)
-
-    create_all = jax.jit(
-        for_each_member(create, mesh=mesh),
-        out_shardings=by_member,
-        compiler_options=light_compilation(),
-    )
+    create_all = states_program(without_seed(recipes[0]), info, steps=steps, mesh=mesh)
     states = create_all(jax.device_put(keys_M, by_member), ())
     M = len(recipes)
     return MembersProgress(
@@ -274,6 +269,34 @@ def fresh_progress(
         histories=((),) * M,
         diverged=(None,) * M,
         seconds=no_seconds(),
+    )
+
+
+@once
+def states_program(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Callable:
+    """Returns the compiled `recipe_state` of all members, a function of their keys."""
+
+    def create(key, _):
+        return recipe_state(recipe, info, steps_per_epoch=steps, key=key)
+
+    return jax.jit(
+        for_each_member(create, mesh=mesh),
+        out_shardings=NamedSharding(mesh, PartitionSpec(MEMBER_AXIS)),
+        compiler_options=light_compilation(),
+    )
+
+
+@once
+def orders_program(*, num_examples: int, batch_size: int, mesh: Mesh) -> Callable:
+    """Returns the compiled order of an epoch of all members, a function of keys and the epoch."""
+
+    def order(key, epoch):
+        order_key = draw_key(key, Purpose.ORDER, epoch)
+        return epoch_order(order_key, num_examples=num_examples, batch_size=batch_size)
+
+    return jax.jit(
+        for_each_member(order, mesh=mesh),
+        out_shardings=NamedSharding(mesh, PartitionSpec(MEMBER_AXIS, None, BATCH_AXIS)),
     )
 
 
@@ -310,6 +333,22 @@ def compile_programs(
       loop: as in `for_each_member`.
     """
     began = time.perf_counter()
+    by_member = NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))
+    active_M = jax.device_put(progress.active_M, by_member)
+    train: Any = train_program(without_seed(recipe), steps=steps, mesh=mesh, loop=loop)
+    evaluate: Any = None
+    window = window._replace(start=0, stop=0)
+    with jax.set_mesh(mesh):
+        train = train.lower(active_M, traced, progress.states, progress.metrics, *window).compile()
+        if val_batches is not None:
+            evaluate = eval_program(mesh=mesh, loop=loop)
+            evaluate = evaluate.lower(progress.states, val_batches).compile()
+    return Programs(train, evaluate, time.perf_counter() - began)
+
+
+@once
+def train_program(recipe: Recipe, *, steps: int, mesh: Mesh, loop: bool | None) -> Callable:
+    """Returns the training of all members, to be compiled; it takes over the states' arrays."""
 
     def train_member(member, shared):
         active, own, state, metrics, indices_SB = member
@@ -336,16 +375,14 @@ def compile_programs(
         return train_each(members, (examples, start, stop))
 
     by_member = NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))
-    active_M = jax.device_put(progress.active_M, by_member)
-    train = jax.jit(train_all, donate_argnums=2, out_shardings=by_member)
-    evaluate = None
-    with jax.set_mesh(mesh):
-        train = train.lower(active_M, traced, progress.states, progress.metrics, *window).compile()
-        if val_batches is not None:
-            eval_each = for_each_member(eval_steps, mesh=mesh, loop=loop)
-            evaluate = jax.jit(eval_each, out_shardings=by_member)
-            evaluate = evaluate.lower(progress.states, val_batches).compile()
-    return Programs(train, evaluate, time.perf_counter() - began)
+    return jax.jit(train_all, donate_argnums=2, out_shardings=by_member)
+
+
+@once
+def eval_program(*, mesh: Mesh, loop: bool | None) -> Callable:
+    """Returns the validation of all members, to be compiled."""
+    by_member = NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))
+    return jax.jit(for_each_member(eval_steps, mesh=mesh, loop=loop), out_shardings=by_member)
 
 
 def show(bar: tqdm, metrics: Metrics) -> None:
@@ -405,15 +442,7 @@ def member_epochs(
     }
     train = place(splits.train, NamedSharding(mesh, PartitionSpec()))
     val_batches = sharded_batches(splits.val, mesh=mesh) if recipe.val_size else None
-
-    def order(key, epoch):
-        order_key = draw_key(key, Purpose.ORDER, epoch)
-        return epoch_order(order_key, num_examples=N, batch_size=recipe.batch_size)
-
-    orders = jax.jit(
-        for_each_member(order, mesh=mesh),
-        out_shardings=NamedSharding(mesh, PartitionSpec(MEMBER_AXIS, None, BATCH_AXIS)),
-    )
+    orders = orders_program(num_examples=N, batch_size=recipe.batch_size, mesh=mesh)
     schedule = jax.jit(recipe_schedule(recipe, steps_per_epoch=steps, traced=traced))
     now, zero, programs = start, no_metrics(M, mesh=mesh), None
     seconds, interrupted = no_seconds() | start.seconds, Latch(interrupted)

@@ -411,10 +411,32 @@ def recipe_schedule(
     )
 
 
+def without_seed(recipe: Recipe) -> Recipe:
+    """Returns the recipe with the seed 0: what runs from all seeds have in common."""
+    return dataclasses.replace(recipe, seed=0)
+
+
 def recipe_optimizer(
     recipe: Recipe, *, steps_per_epoch: int, traced: Traced = NOTHING
 ) -> optax.GradientTransformation:
-    """Returns the recipe's optimizer, its schedule included."""
+    """Returns the recipe's optimizer, its schedule included.
+
+    Without `traced` it is one object for all runs of a recipe, whose states are then of one form:
+    optimizers are functions, no two of them equal, and a static part of the state.
+    """
+    if not traced:
+        return _one_optimizer(without_seed(recipe), steps_per_epoch)
+    return _new_optimizer(recipe, steps_per_epoch, traced)
+
+
+@functools.lru_cache(maxsize=64)
+def _one_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
+    return _new_optimizer(recipe, steps_per_epoch, NOTHING)
+
+
+def _new_optimizer(
+    recipe: Recipe, steps_per_epoch: int, traced: Traced
+) -> optax.GradientTransformation:
     return make_optimizer(
         recipe.optimizer.name,
         learning_rate=recipe_schedule(recipe, steps_per_epoch=steps_per_epoch, traced=traced),
