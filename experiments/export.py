@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from mnist_flax import command_line, runtime
+from mnist_flax import command_line
 from mnist_flax.errors import InputError
 
 TOLERANCE = 1e-3  # of logits of about 10, in float32
@@ -45,7 +45,7 @@ def main(arguments):
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     if not command.run:
         raise InputError("name a run directory; see --help")
-    runtime.configure()
+    command_line.begin()
 
     import jax
     import numpy as np

@@ -75,7 +75,7 @@ def main(arguments):
     default = Command(without_validation(command_line.named_recipe(name)))
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
     recipe = command.recipe
-    runtime.configure(cpu_devices=command.devices or runtime.share_cores(recipe.batch_size))
+    command_line.begin(cpu_devices=command.devices or runtime.share_cores(recipe.batch_size))
     views = recipe_views(recipe, count=command.views)
 
     from mnist_flax.data import load_splits, take

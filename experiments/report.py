@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from mnist_flax import command_line, runtime
+from mnist_flax import command_line
 from mnist_flax.errors import InputError
 
 STYLE = """
@@ -356,7 +356,7 @@ def main(arguments):
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     if not command.runs:
         raise InputError("name at least one run directory; see --help")
-    runtime.configure()
+    command_line.begin()
 
     from mnist_flax.data import load_splits
     from mnist_flax.results import load_run

@@ -186,7 +186,7 @@ def main(arguments):
     tried = points(parse_vary(command.vary), draws=command.draws, seed=command.first_seed)
     recipes = [with_fields(command.recipe, point) for point in tried]
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes)
-    runtime.configure(cpu_devices=command.devices or cores)
+    command_line.begin(cpu_devices=command.devices or cores)
 
     import seeds  # the script beside this one
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import predict
 import pytest
 import report
 import seeds
@@ -602,7 +605,12 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, data_dir, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--no-such-option", "3"], "no-such-option"),
+        (["--no-such-option", "3"], "'--no-such-option' is not an option"),
+        (["--epohs=3"], "did you mean --epochs?"),
+        (["--model.width", "3"], "did you mean --model.widths?"),
+        (["3"], "'3' is a word too many"),
+        (["--epochs"], "--epochs"),
+        (["--optimizer.name", "adma"], "adma"),
         (["--epochs", "many"], "--epochs"),
         (["--epochs", "0"], "epochs is 0"),
         (["--augment.rotate", "nan"], "augment.rotate is nan"),
@@ -615,7 +623,8 @@ def test_the_command_line_refuses_in_one_line(arguments, message):
     with pytest.raises(InputError) as refusal:
         command_line.parse(Recipe, arguments, default=RECIPES["default"], description="")
     assert message in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    # No frame, no title of one, no help.
+    assert not re.search(r"[\n\u2500-\u257f]|--{3}|Argument helptext|For full", str(refusal.value))
 
 
 JSON = st.recursive(
@@ -667,6 +676,64 @@ def test_options_override_the_named_recipe():
     recipe = command_line.parse(Recipe, rest, default=RECIPES[name], description="")
     expected = ["epochs: 5 -> 1", "seed: 0 -> 3"]
     assert differences(to_dict(RECIPES["seed"]), to_dict(recipe)) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["RUN", "--json", "a.png", "--show", "out.png", "b.png"],
+        ["--show=out.png", "RUN", "a.png", "b.png", "--json"],
+        ["--json", "RUN", "a.png", "--show", "out.png", "--", "b.png"],
+    ],
+)
+def test_options_stand_between_positional_words(words):
+    command = command_line.parse(predict.Command, words, default=predict.Command(), description="")
+    assert command.paths == (Path("RUN"), Path("a.png"), Path("b.png"))
+    assert (command.show, command.json, command.line) == (Path("out.png"), True, False)
+
+
+def test_a_word_after_two_dashes_is_no_option():
+    words = ["RUN", "--", "--json", "-1.png"]
+    command = command_line.parse(predict.Command, words, default=predict.Command(), description="")
+    assert command == predict.Command(paths=(Path("RUN"), Path("--json"), Path("-1.png")))
+
+
+def test_every_path_may_begin_with_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    default = folds.Command(folds.without_validation(RECIPES["default"]))
+    words = ["--workdir=~/x", "--data-dir", "~/y", "--archives", "a~"]
+    command = command_line.parse(folds.Command, words, default=default, description="")
+    paths = command.workdir, command.data_dir, command.archives
+    assert paths == (Path("/home/me/x"), Path("/home/me/y"), Path("a~"))
+    words = ["~/run", "--line", "~/a.png"]
+    command = command_line.parse(predict.Command, words, default=predict.Command(), description="")
+    assert command.paths == (Path("/home/me/run"), Path("/home/me/a.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("predict", ["gs://bucket/run", "a.png"]),
+        ("predict", ["run", "--show", "gs://bucket/a.png", "a.png"]),
+        ("report", ["run", "--out=gs://bucket/a"]),
+        ("export", ["run", "--data-dir", "gs://bucket/a"]),
+        ("demo", ["gs://bucket/run"]),
+        ("scaling", ["--workdir", "gs://bucket/run"]),
+        ("determinism", ["--data-dir", "gs://bucket/run"]),
+        ("folds", ["--archives", "gs://bucket/run"]),
+        ("train", ["--workdir", "gs://bucket/run"]),
+        ("train", ["--resume", "--workdir", "gs://bucket/run"]),
+        ("seeds", ["--workdir", "gs://bucket/run"]),
+        ("sweep", ["--vary", "epochs=1,2", "--workdir", "gs://bucket/run"]),
+        ("gpu_study", ["--output", "gs://bucket/run"]),
+        ("benchmark", ["--out", "gs://bucket/run"]),
+    ],
+)
+def test_an_address_is_no_path(name, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"is gs://bucket/\w+"):
+        importlib.import_module(name).main(arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_columns_options():
