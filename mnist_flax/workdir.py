@@ -42,6 +42,19 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
         raise InputError(f"{name} is {path}: {error}") from None
 
 
+def require_directory(path: Path, name: str) -> None:
+    """Checks, before any work, that files can be written into a directory, new or not.
+
+    Raises:
+      InputError: it is another kind of file, or what it would lie in may not be written.
+    """
+    nearest = next(p for p in (path, *path.parents) if p.exists() or p == p.parent or p == Path())
+    if not nearest.is_dir():
+        raise InputError(f"{name} is {path}, but {nearest} is not a directory; give another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{name} is {path}, but {nearest} cannot be written; give another")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file so that a reader, or a kill, sees the old one or the new one, whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -183,12 +183,40 @@ def test_export_checks_both_files_on_the_whole_test_split(finished, few_dir, tmp
     assert (tmp_path / "export" / "model.onnx").stat().st_size > 4 * result["parameters"]
 
 
+def no_model(_data, _images):
+    raise RuntimeError("Could not find an implementation\nat line 3")
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda _data, images: images + 0.01, "largest difference of a logit 1.0e-02 on 2 images"),
+        (lambda _data, images: images * np.nan, "largest difference of a logit nan"),
+        (no_model, "RuntimeError: Could not find an implementation\n"),
+    ],
+)
+def test_a_file_that_fails_its_check_is_not_left_behind(run, message, tmp_path, capsys):
+    images = np.eye(2)
+    options = {"images_NHWC": images, "expected_NK": images, "tolerance": 1e-3}
+    write_checked = importlib.import_module("export").write_checked
+    path = tmp_path / "export" / "model.onnx"
+    assert not write_checked(path, lambda: b"data", run, **options)
+    assert not list(tmp_path.iterdir())
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {path} is not written: {message.strip()}")
+    assert len(printed.err.splitlines()) == 1
+    assert write_checked(path, lambda: b"data", lambda _data, images: images, **options)
+    assert path.read_bytes() == b"data"
+    assert [each.name for each in path.parent.iterdir()] == ["model.onnx"]
+
+
 @pytest.mark.parametrize("name", ["report", "predict", "export"])
 def test_a_directory_without_a_run_is_one_line(name, tmp_path):
     run = experiment(name, tmp_path, *(["x.png"] if name == "predict" else []), cwd=tmp_path)
     assert run.returncode == 2
-    assert run.stderr.startswith("error: there is no finished run in ")
-    assert len(run.stderr.splitlines()) == 1
+    device, refusal = run.stderr.splitlines()
+    assert "cpu" in device.lower()
+    assert refusal.startswith("error: there is no ")
 
 
 def test_sigterm_writes_a_checkpoint_and_the_run_resumes(few_dir, tmp_path):
