@@ -404,7 +404,8 @@ def test_folds_tests_every_training_image_once(few_archives, tmp_path):
     run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "runs" / "folds-default" / "folds.json").read_text())
-    assert found["sizes"] == [6000, 6000]
+    assert sum(found["sizes"]) == 12000
+    assert max(found["sizes"]) - min(found["sizes"]) <= 10  # one a class
     assert list(found["accuracy"]) == ["default", "default, the mean of 2 views"]
     for name, accuracy in found["accuracy"].items():
         assert accuracy == sum(found["correct"][name]) / 12000 > 0.7
