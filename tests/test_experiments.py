@@ -29,6 +29,7 @@ import pytest
 import report
 import seeds
 import sweep
+import tensorflow_datasets as tfds
 from conftest import RECIPE, head
 from flax import nnx
 from hypothesis import given, settings
@@ -42,11 +43,19 @@ from mnist_flax.archives import disputed_test_labels
 from mnist_flax.data import load_splits, take
 from mnist_flax.errors import InputError
 from mnist_flax.evaluate import Evaluation, evaluate, fit_temperature
-from mnist_flax.fit import data_mesh, never
+from mnist_flax.fit import data_mesh, fit, never
 from mnist_flax.members import MembersResult
-from mnist_flax.model import CNN, Columns, space_to_depth
-from mnist_flax.recipes import RECIPES, AffineConfig, Recipe, differences, from_dict, to_dict
-from mnist_flax.results import load_run
+from mnist_flax.model import CNN, CNNConfig, Columns, space_to_depth
+from mnist_flax.recipes import (
+    RECIPES,
+    AffineConfig,
+    OptimizerConfig,
+    Recipe,
+    differences,
+    from_dict,
+    to_dict,
+)
+from mnist_flax.results import load_run, write_results
 from mnist_flax.steps import create_state
 from mnist_flax.workdir import claim
 
@@ -152,6 +161,76 @@ def test_report_is_one_page_with_the_runs_numbers(finished, few_dir, tmp_path):
     assert page.count("<img") == page.count("data:image/png;base64,") > 10
     assert "http://" not in page
     assert "https://" not in page
+
+
+def prepare_colours(data_dir):
+    """Prepares a dataset of 8x8x3 images: the bright channel is the class; no test image's is 2."""
+
+    class Colours(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(8, 8, 3)),
+                "label": tfds.features.ClassLabel(names=["red", "green", "blue"]),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(3, 90), "test": self._generate_examples(2, 40)}
+
+        def _generate_examples(self, num_classes, count):
+            rng = np.random.default_rng(num_classes)
+            for i in range(count):
+                image = rng.integers(0, 100, (8, 8, 3), np.uint8)
+                image[..., i % num_classes] += 120
+                yield i, {"image": Image.fromarray(image), "label": i % num_classes}
+
+    Colours(data_dir=data_dir, file_format="array_record").download_and_prepare()
+
+
+def test_report_of_other_images_and_of_a_class_that_is_not_tested(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a script sets
+    prepare_colours(tmp_path / "data")
+    splits = load_splits("colours", val_size=15, data_dir=tmp_path / "data")
+    model = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(8,))
+    recipe = Recipe(
+        dataset="colours",
+        val_size=15,
+        epochs=2,
+        batch_size=15,
+        model=model,
+        augment=AffineConfig(),
+        optimizer=OptimizerConfig(learning_rate=0.05),
+    )
+    run = tmp_path / "run"
+    result = fit(recipe, splits, workdir=run, progress=False)
+    write_results(
+        run,
+        recipe,
+        splits.info,
+        result,
+        test_examples=splits.test,
+        test=evaluate(result.state, splits.test),
+        data_seconds=0.0,
+        test_seconds=0.0,
+    )
+    assert not report.main([str(run), "--data-dir", str(tmp_path / "data")])
+    (numbers,) = json.loads(
+        (run / "report" / "report.json").read_text(), parse_constant=pytest.fail
+    )
+    assert numbers["recall"][2] is None  # there is no blue image to be found
+    confusion = np.array(numbers["confusion"])
+    assert confusion.sum(axis=1).tolist() == [20, 20, 0]
+    assert numbers["recall"][:2] == (np.diag(confusion)[:2] / 20).tolist()
+    page = (run / "report" / "index.html").read_text()
+    assert "<td>blue</td><td>" in page
+    assert "nan" not in re.sub('base64,[^"]*', "", page).lower()
+    assert "<p></p>" not in page
+    assert "the classifier sees of 40 test images" in page
+    assert f"{numbers['accuracy']:.2%}" in capsys.readouterr().out
 
 
 def test_predict_reads_pictures_and_refuses_what_is_none(finished, splits, tmp_path):
