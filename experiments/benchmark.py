@@ -300,6 +300,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 def main(arguments):
     """Measures, prints a table and writes a JSON file."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
+    command_line.backend_of_children()
     splits = load_splits("mnist", val_size=0, seed=0)
     results: dict[str, Any] = {"gflops": matrix_product(), "cores": os.cpu_count()}
     print(f"matrix product {results['gflops']:.0f} GFLOP/s on {results['cores']} cores")

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from mnist_flax import command_line, runtime
+from mnist_flax import command_line
 from mnist_flax.errors import InputError
 
 # Takes the brush up once the pad is there: Gradio's pad begins without one.
@@ -94,7 +94,7 @@ def main(arguments):
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     if len(command.run) != 1:
         raise InputError("name one run directory; see --help")
-    runtime.configure()
+    command_line.begin()
 
     from mnist_flax.digits import require_shape
     from mnist_flax.results import load_run

@@ -55,13 +55,6 @@ class Command:
     data_dir: Path | None = None
 
 
-def backend() -> str:
-    """Returns the name of JAX's backend; asks a process that ends, which holds no GPU."""
-    code = "import jax; print(jax.default_backend())"
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return run.stdout.strip()
-
-
 def digest(
     workdir: Path,
     options: list[str],
@@ -89,7 +82,7 @@ def main(arguments):
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     digests: dict[str, set[str]] = {}
     runs, environment = CPU_RUNS, dict(os.environ)
-    if backend() != "cpu":
+    if command_line.backend_of_children() != "cpu":
         runs = ACCELERATOR_RUNS
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {DETERMINISTIC}"
         environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # or only the first would compile

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from mnist_flax import command_line, runtime
+from mnist_flax import command_line
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.recipes import Recipe
 
@@ -183,7 +183,7 @@ def main(arguments):
     recipes = {name: command_line.named_recipe(name) for name in names}
     if command.epochs is not None:
         recipes = {n: dataclasses.replace(r, epochs=command.epochs) for n, r in recipes.items()}
-    runtime.configure(cpu_devices=1)
+    command_line.begin(cpu_devices=1)
 
     import jax
 

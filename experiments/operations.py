@@ -116,7 +116,7 @@ def time_separable(put, *, size, inputs, outputs, padding, images, **options):
 def main(arguments):
     """Prints a table."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
-    runtime.configure(cpu_devices=runtime.share_cores(128))
+    command_line.begin(cpu_devices=runtime.share_cores(128))
 
     import jax
     from jax.sharding import NamedSharding, PartitionSpec

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from mnist_flax import command_line, runtime
+from mnist_flax import command_line
 from mnist_flax.errors import InputError
 
 
@@ -61,7 +61,7 @@ def main(arguments):
         raise InputError("name a run directory and at least one picture; see --help")
     if command.show is not None and command.show.is_dir():
         raise InputError(f"show is {command.show}, a directory; name a PNG file")
-    runtime.configure()
+    command_line.begin()
 
     import numpy as np
 

@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import html
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +18,11 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from mnist_flax import command_line, runtime
+from mnist_flax import command_line
 from mnist_flax.errors import InputError
 
+EMBEDDED = 3000  # test images in the picture of their features
+SHOWN_CLASSES = 20  # in the picture of gradients
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; break-inside: avoid; }
@@ -197,16 +198,20 @@ def embedding(state, images_NHWC) -> np.ndarray:
     features_NF = np.asarray(features(images_NHWC))
     centered_NF = features_NF - features_NF.mean(axis=0)
     _, _, components = np.linalg.svd(centered_NF, full_matrices=False)
-    return centered_NF @ components[:2].T
+    points = centered_NF @ components[:2].T
+    return np.pad(points, ((0, 0), (0, 2 - points.shape[1])))  # of one example or one feature
 
 
-def add_run(page: Page, run, splits, numbers: dict[str, Any], test) -> None:
-    """Adds a run's section to the page."""
+def percent(share: float) -> str:
+    """Returns a share as text; a dash for that of nothing, which is NaN."""
+    return "\u2013" if np.isnan(share) else f"{share:.2%}"
+
+
+def add_summary(page: Page, run, numbers: dict[str, Any], test) -> None:
+    """Adds a run's heading, its accuracy and its classes."""
     from mnist_flax import figures
-    from mnist_flax.evaluate import reliability
 
-    names, labels = run.info.class_names, np.asarray(splits.test.labels)
-    shown = {"images_NHWC": splits.test.images, "labels": labels, "class_names": names}
+    names = run.info.class_names
     low, high = numbers["interval"]
     page.heading(str(run.workdir))
     page.text(
@@ -223,7 +228,7 @@ def add_run(page: Page, run, splits, numbers: dict[str, Any], test) -> None:
         )
     page.heading("Classes", 3)
     rows = [
-        [name, f"{p:.2%}", f"{r:.2%}"]
+        [name, percent(p), percent(r)]
         for name, p, r in zip(names, numbers["precision"], numbers["recall"], strict=True)
     ]
     page.table(["class", "precision", "recall"], rows)
@@ -233,27 +238,43 @@ def add_run(page: Page, run, splits, numbers: dict[str, Any], test) -> None:
             "Confusion: row true, column predicted",
         )
     )
-    page.heading("Mistakes and near misses", 3)
+
+
+def add_mistakes(page: Page, run, examples, test) -> None:
+    """Adds the worst mistakes, and the hits that were nearly mistakes."""
+    from mnist_flax import figures
+
+    names, labels = run.info.class_names, np.asarray(examples.labels)
     probabilities = test.probabilities_NK
-    mistakes = figures.plot_mistakes(**shown, probabilities_NK=probabilities)
+    page.heading("Mistakes and near misses", 3)
+    mistakes = figures.plot_mistakes(
+        images_NHWC=examples.images,
+        labels=labels,
+        probabilities_NK=probabilities,
+        class_names=names,
+    )
+    page.figures((mistakes, "The most confident mistakes; # is the test index"))
     right = np.flatnonzero(test.predictions_N == labels)
     least = right[np.argsort(probabilities.max(axis=-1)[right], kind="stable")][:24]
-    page.figures((mistakes, "The most confident mistakes; # is the test index"))
-    page.figures(
-        (
-            figures.plot_predictions(
-                images_NHWC=splits.test.images[least],
-                labels=labels[least],
-                probabilities_NK=probabilities[least],
-                class_names=names,
-            ),
-            "The least confident hits",
-        )
+    if not len(least):
+        return page.text("No image was classified rightly.")
+    hits = figures.plot_predictions(
+        images_NHWC=examples.images[least],
+        labels=labels[least],
+        probabilities_NK=probabilities[least],
+        class_names=names,
     )
+    page.figures((hits, "The least confident hits"))
+
+
+def add_calibration(page: Page, numbers: dict[str, Any], test) -> None:
+    """Adds loss, Brier score, ECE and the reliability, with the fitted temperature and without."""
+    from mnist_flax import figures
+    from mnist_flax.evaluate import reliability
+
     page.heading("Calibration", 3)
     before = numbers["calibration"]
     rows = [["as trained", *(f"{before[key]:.4f}" for key in ("loss", "brier", "ece"))]]
-    pairs = []
     versions = {"as trained": test}
     if "temperature" in numbers:
         after, temperature = numbers["calibration_scaled"], numbers["temperature"]
@@ -262,6 +283,7 @@ def add_run(page: Page, run, splits, numbers: dict[str, Any], test) -> None:
         versions[f"temperature {temperature:.3f}"] = test.at_temperature(temperature)
     else:
         page.text("The run had no validation split, so no temperature was fitted.")
+    pairs = []
     for name, evaluation in versions.items():
         curve = reliability(evaluation)
         figure = figures.plot_reliability(
@@ -274,33 +296,44 @@ def add_run(page: Page, run, splits, numbers: dict[str, Any], test) -> None:
         pairs.append((figure, f"Reliability, {name}: ECE {curve.ece:.4f}"))
     page.table(["", "loss (nats)", "Brier score", "ECE, 15 equal bins"], rows)
     page.figures(*pairs)
+
+
+def add_sight(page: Page, run, examples) -> None:
+    """Adds what the network looks at: gradients, first kernels, and the features it ends with."""
+    from mnist_flax import figures
+
+    names, labels = run.info.class_names, np.asarray(examples.labels)
     page.heading("What it sees", 3)
-    chosen = np.array([np.flatnonzero(labels == k)[0] for k in range(len(names))])
-    maps = saliency(run.state, splits.test.images[chosen], labels[chosen])
+    # The first of each class that there is, of so many classes as are legible beside each other.
+    classes, chosen = np.unique(labels, return_index=True)
+    classes, chosen = classes[:SHOWN_CLASSES], chosen[:SHOWN_CLASSES]
+    maps = saliency(run.state, examples.images[chosen], labels[chosen])
+    titles = [names[label] for label in classes]
+    gradients = figures.plot_maps(images_NHWC=examples.images[chosen], maps_NHW=maps, titles=titles)
     page.figures(
-        (
-            figures.plot_maps(
-                images_NHWC=splits.test.images[chosen], maps_NHW=maps, titles=list(names)
-            ),
-            "Gradient of the label's logit by the pixels: blue raises it, red lowers it",
-        )
+        (gradients, "Gradient of the label's logit by the pixels: blue raises it, red lowers it")
     )
+    filters = first_filters(run.state, patch=run.recipe.model.patch)
+    points = embedding(run.state, examples.images[:EMBEDDED])
+    seen = figures.plot_embedding(points_N2=points, labels=labels[:EMBEDDED], class_names=names)
     page.figures(
         (
-            figures.plot_filters(
-                first_filters(run.state, patch=run.recipe.model.patch), title="First layer"
-            ),
+            figures.plot_filters(filters, title="First layer"),
             "The first layer's kernels, in pixels",
         ),
         (
-            figures.plot_embedding(
-                points_N2=embedding(run.state, splits.test.images[:3000]),
-                labels=labels[:3000],
-                class_names=names,
-            ),
-            "What the classifier sees of 3,000 test images: two principal components",
+            seen,
+            f"What the classifier sees of {len(points):,} test images: two principal components",
         ),
     )
+
+
+def add_run(page: Page, run, splits, numbers: dict[str, Any], test) -> None:
+    """Adds a run's section to the page."""
+    add_summary(page, run, numbers, test)
+    add_mistakes(page, run, splits.test, test)
+    add_calibration(page, numbers, test)
+    add_sight(page, run, splits.test)
 
 
 def add_comparison(page: Page, reports: list[dict[str, Any]], tests: list[Any]) -> None:
@@ -356,15 +389,17 @@ def main(arguments):
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     if not command.runs:
         raise InputError("name at least one run directory; see --help")
-    runtime.configure()
+    command_line.begin()
 
     from mnist_flax.data import load_splits
     from mnist_flax.results import load_run
-    from mnist_flax.workdir import write_json, write_text
+    from mnist_flax.workdir import require_directory, write_json, write_text
 
     runs = [load_run(path) for path in command.runs]
     if len({run.info.fingerprint for run in runs}) > 1:
         raise InputError("the runs are of different datasets; report on each alone")
+    out = command.out or command.runs[0] / "report"
+    require_directory(out, "out")
     reports, tests, sections = [], [], Page("")
     with tqdm(total=12 * len(runs), desc="report", file=sys.stderr) as bar:
         for run in runs:
@@ -384,11 +419,11 @@ def main(arguments):
             tests.append(test)
     page = Page(f"Report on {', '.join(str(run.workdir) for run in runs)}")
     add_comparison(page, reports, tests)
-    page.text(corrupted(runs, command.data_dir) if runs[0].info.name == "mnist" else "")
+    if runs[0].info.name == "mnist":
+        page.text(corrupted(runs, command.data_dir))
     page.parts += sections.parts
-    out = command.out or command.runs[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "report.json", json.loads(json.dumps(reports)))
+    write_json(out / "report.json", reports)
     write_text(out / "index.html", page.render())
     for numbers in reports:
         print(

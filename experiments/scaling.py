@@ -143,7 +143,7 @@ def main(arguments):
     """Prints a table, writes scaling.json and scaling.png."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     recipe = dataclasses.replace(command_line.named_recipe(command.recipe), val_size=0)
-    runtime.configure(cpu_devices=runtime.share_cores(recipe.batch_size))
+    command_line.begin(cpu_devices=runtime.share_cores(recipe.batch_size))
 
     import numpy as np
 

@@ -279,7 +279,7 @@ def main(arguments):
     if command.resume and not holds_run(workdir / "members-0"):
         raise InputError(f"there is no study to resume in {workdir}; leave out --resume")
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes.values())
-    runtime.configure(cpu_devices=command.devices or cores)
+    command_line.begin(cpu_devices=command.devices or cores)
 
     from mnist_flax.figures import plot_seeds, save_figure
 

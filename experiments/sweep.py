@@ -235,7 +235,7 @@ def main(arguments):
     if command.resume and not holds_run(workdir / "search-0"):
         raise InputError(f"there is no sweep to resume in {workdir}; leave out --resume")
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes)
-    runtime.configure(cpu_devices=command.devices or cores)
+    command_line.begin(cpu_devices=command.devices or cores)
 
     import seeds  # the script beside this one
 

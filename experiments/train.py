@@ -80,12 +80,13 @@ def start(command: Command) -> None:
     """
     if not command.distributed:
         cores = runtime.share_cores(command.recipe.batch_size)
-        runtime.configure(cpu_devices=command.devices or cores)
+        command_line.begin(cpu_devices=command.devices or cores)
         return
     if command.workdir is None:
         raise InputError("the processes need one directory; give --workdir to all of them")
     runtime.configure(cpu_devices=command.devices or 1)
     hosts.initialize()
+    command_line.show_devices()
 
 
 def choose_mesh(command: Command):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import json
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
+from mnist_flax import hosts, runtime
 from mnist_flax.errors import DivergedError, InputError
 from mnist_flax.recipes import RECIPES, Recipe, from_dict
-from mnist_flax.workdir import RECIPE_FILE
+from mnist_flax.workdir import RECIPE_FILE, local_path
 
 T = TypeVar("T")
 
@@ -75,38 +79,170 @@ def recipe_of_run(workdir: Path) -> Recipe:
 def parse(kind: type[T], arguments: Sequence[str], *, default: T, description: str) -> T:
     """Parses options generated from a frozen dataclass; prints the help and exits for --help.
 
+    Options may stand between positional words, of which a field `tuple[Path, ...]` takes all.
+    Paths have their `~` expanded.
+
     Raises:
       InputError: an option is unknown, or its value unreadable or impossible.
     """
     if isinstance(getattr(default, "recipe", None), Recipe):
         description += f"\n\n--recipe NAME, of {', '.join(RECIPES)}, sets the recipe's fields."
+    words, after = _cut(arguments)
     printed, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            command, rest = tyro.cli(
                 kind,
-                args=list(arguments),
+                args=words,
                 default=default,
                 description=description,
+                return_unknown_args=True,
             )
     except SystemExit as stop:
         if not stop.code:
             print(printed.getvalue(), end="")
             raise
-        raise InputError(_one_line(errors.getvalue() + printed.getvalue())) from None
+        reason = _refusal(stop) or _one_line(errors.getvalue() + printed.getvalue())
+        raise InputError(reason) from None
+    return _with_paths(_with_words(command, [*rest, *after], options=len(rest)))
+
+
+def _cut(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the words before `--` and those after it, which are no options."""
+    words = list(arguments)
+    end = words.index("--") if "--" in words else len(words)
+    return words[:end], words[end + 1 :]
+
+
+def _with_words(command: Any, rest: list[str], *, options: int) -> Any:
+    """Adds to the positional field what tyro left over: it takes the first words alone.
+
+    Raises:
+      InputError: one of the first `options` is an option, or there is no positional field.
+    """
+    unknown = [word for word in rest[:options] if word.startswith("-") and word != "-"]
+    field = next((f for f in dataclasses.fields(command) if _is_positional(f)), None)
+    if unknown or (rest and field is None):
+        word = (unknown or rest)[0]
+        close = difflib.get_close_matches(word.partition("=")[0], _options(command), n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        what = "is not an option" if unknown else "is a word too many"
+        raise InputError(f"{word!r} {what}{meant}; see --help")
+    if not rest or field is None:
+        return command
+    value = (*getattr(command, field.name), *map(Path, rest))
+    return dataclasses.replace(command, **{field.name: value})
+
+
+def _is_positional(field: dataclasses.Field) -> bool:
+    """Whether a field is annotated as positional."""
+    return tyro.conf.Positional in getattr(field.type, "__metadata__", ())
+
+
+def _options(value: Any, prefix: str = "--") -> list[str]:
+    """Returns the options that fields become; a recipe's have no prefix of their own."""
+    names = []
+    for field in dataclasses.fields(value):
+        inner, name = getattr(value, field.name), field.name.replace("_", "-")
+        if dataclasses.is_dataclass(inner):
+            names += _options(inner, prefix if isinstance(inner, Recipe) else f"{prefix}{name}.")
+        elif not _is_positional(field):
+            names.append(prefix + name)
+    return names
+
+
+def _with_paths(command: T) -> T:
+    """Returns a command whose paths are of this machine, with `~` expanded.
+
+    Raises:
+      InputError: one is an address.
+    """
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(command):  # pyright: ignore[reportArgumentType]
+        value, name = getattr(command, field.name), field.name
+        if isinstance(value, Path):
+            changed[name] = local_path(value, name)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Path):
+            changed[name] = tuple(local_path(path, name) for path in value)
+    return dataclasses.replace(command, **changed) if changed else command  # pyright: ignore
+
+
+def _refusal(error: BaseException | None) -> str:
+    """Returns the message of the InputError that led to an error; "" where none did."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__context__
+    return str(error or "")
 
 
 def _one_line(message: str) -> str:
-    """Returns the text between the first two rules of tyro's error box, as one line."""
-    parts = re.split(r"-{5,}|─{5,}", re.sub("[│╭╮╰╯]", " ", message))
-    return " ".join((parts[1] if len(parts) > 1 else message).split()) + "; see --help"
+    """Returns what tyro printed as one line, without its frame and its hints about the help."""
+    text = re.sub(r"[\u2500-\u257f]{5,}|-{5,}", ":", message)
+    text = " ".join(re.sub(r"[\u2500-\u257f]", " ", text).split()).replace(" :", ":")
+    text = re.split(r"Argument helptext:|For full helptext", text)[0].strip(" :.")
+    return f"{text}; see --help"
+
+
+def begin(*, cpu_devices: int | None = None) -> None:
+    """Sets JAX up, starts it, and says on stderr which devices it has.
+
+    Args:
+      cpu_devices: how many JAX devices the CPU becomes; None leaves it one.
+
+    Raises:
+      InputError: the platform that was asked for is not there.
+    """
+    runtime.configure(cpu_devices=cpu_devices)
+    show_devices()
+
+
+def show_devices() -> None:
+    """Starts JAX, once it is set up, and says on stderr which devices it has.
+
+    Of several processes the first says so.
+
+    Raises:
+      InputError: the platform that was asked for is not there.
+    """
+    runtime.start()
+    if hosts.is_first():
+        print(runtime.describe_devices(), file=sys.stderr)
+
+
+def backend_of_children() -> str:
+    """Returns the name of the backend that processes of this one will have, and says its devices.
+
+    A process that ends is asked: this one would hold a GPU's memory.
+
+    Raises:
+      InputError: the platform that was asked for is not there.
+    """
+    code = (
+        "import jax; from mnist_flax import command_line as c; "
+        "c.run(lambda _: c.begin() or print(jax.default_backend()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    *_, last = run.stderr.strip().splitlines() or ["it said nothing"]
+    if run.returncode:
+        raise InputError(last.removeprefix("error: "))
+    print(last, file=sys.stderr)
+    return run.stdout.strip()
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def _terminate(_number, _frame):
+    raise _Terminated
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a script's main function on the command line and exits with its status.
 
-    A bad input is one line on stderr and status 2; a run that diverged, status 1.
+    A bad input is one line on stderr and status 2; a run that diverged, status 1. So is Ctrl-C,
+    with status 130, and SIGTERM, with 143, where the script does not listen to them itself.
     """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except InputError as error:
@@ -115,9 +251,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted; nothing was under way that could be saved", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT))
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         print(f"error: {what}{error.strerror or error}", file=sys.stderr)

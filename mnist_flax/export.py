@@ -5,17 +5,20 @@ Both take images [B, H, W, C], float32 in [0, 1], of any batch size B, and retur
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.export
 import jax.numpy as jnp
+from flax import nnx
 
 from mnist_flax import ops
 from mnist_flax.errors import InputError
-from mnist_flax.steps import TrainState, eval_logits
+from mnist_flax.steps import TrainState, eval_logits, to_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -28,6 +31,26 @@ def inference(state: TrainState) -> Callable[[jax.Array], jax.Array]:
             return eval_logits(state, images_BHWC)
 
     return infer
+
+
+def in_float32(state: TrainState) -> TrainState:
+    """Returns the state with layers that computed in bfloat16 computing in float32."""
+    model = to_model(state)
+    for _, node in nnx.iter_graph(model):
+        if getattr(node, "dtype", None) is jnp.bfloat16:
+            node.dtype = None  # of its inputs and parameters
+    return dataclasses.replace(state, graphdef=nnx.graphdef(model))
+
+
+@contextlib.contextmanager
+def _without_log(level: int) -> Iterator[None]:
+    """Switches off all log messages up to a level; what the caller had switched off stays so."""
+    before = logging.root.manager.disable
+    logging.disable(max(level, before))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def to_stablehlo(state: TrainState, *, image_shape: tuple[int, int, int]) -> bytes:
@@ -43,6 +66,9 @@ def to_onnx(
 ) -> bytes:
     """Returns the network as an ONNX model, with the class names as JSON in its metadata.
 
+    It computes in float32, a network of bfloat16 too (see `in_float32`): ONNX Runtime has no
+    convolution in bfloat16 for CPUs.
+
     Raises:
       InputError: the converter is not installed.
     """
@@ -52,13 +78,13 @@ def to_onnx(
         raise InputError(
             "ONNX needs the package jax2onnx: pip install 'mnist_flax[export]'"
         ) from None
-    logging.disable(logging.WARNING)  # the converter's own, of shapes that it can do without
-    try:
+    with _without_log(logging.WARNING):  # the converter's own, of shapes that it can do without
         model = jax2onnx.to_onnx(
-            inference(state), [("B", *image_shape)], model_name="mnist_flax", return_mode="proto"
+            inference(in_float32(state)),
+            [("B", *image_shape)],
+            model_name="mnist_flax",
+            return_mode="proto",
         )
-    finally:
-        logging.disable(logging.NOTSET)
     model.graph.input[0].name, renamed = "images", model.graph.input[0].name
     for node in model.graph.node:
         node.input[:] = ["images" if name == renamed else name for name in node.input]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,41 @@ from mnist_flax.errors import InputError
 RECIPE_FILE = "recipe.json"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters at least: C:/ is a drive
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> Path:
+    """Returns a path with `~` expanded.
+
+    Args:
+      path: the path.
+      name: what it is, for the error.
+
+    Raises:
+      InputError: it is an address such as gs://bucket, or of a user's home that is not known.
+    """
+    # A Path has lost one of the two slashes.
+    if _SCHEME.match(os.fspath(path)):
+        address = re.sub(":/+", "://", os.fspath(path), count=1)
+        raise InputError(f"{name} is {address}; only directories of this machine can be used")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{name} is {path}: {error}") from None
+
+
+def require_directory(path: Path, name: str) -> None:
+    """Checks, before any work, that files can be written into a directory, new or not.
+
+    Raises:
+      InputError: it is another kind of file, or what it would lie in may not be written.
+    """
+    nearest = next(p for p in (path, *path.parents) if p.exists() or p == p.parent or p == Path())
+    if not nearest.is_dir():
+        raise InputError(f"{name} is {path}, but {nearest} is not a directory; give another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{name} is {path}, but {nearest} cannot be written; give another")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -46,8 +83,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Writes `value` as indented JSON, whole or not at all; null stands for NaN and infinity."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """Returns `value` with None for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,10 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import predict
 import pytest
 import report
 import seeds
 import sweep
+import tensorflow_datasets as tfds
 from conftest import RECIPE, head
 from flax import nnx
 from hypothesis import given, settings
@@ -39,11 +43,19 @@ from mnist_flax.archives import disputed_test_labels
 from mnist_flax.data import load_splits, take
 from mnist_flax.errors import InputError
 from mnist_flax.evaluate import Evaluation, evaluate, fit_temperature
-from mnist_flax.fit import data_mesh, never
+from mnist_flax.fit import data_mesh, fit, never
 from mnist_flax.members import MembersResult
-from mnist_flax.model import CNN, Columns, space_to_depth
-from mnist_flax.recipes import RECIPES, AffineConfig, Recipe, differences, from_dict, to_dict
-from mnist_flax.results import load_run
+from mnist_flax.model import CNN, CNNConfig, Columns, space_to_depth
+from mnist_flax.recipes import (
+    RECIPES,
+    AffineConfig,
+    OptimizerConfig,
+    Recipe,
+    differences,
+    from_dict,
+    to_dict,
+)
+from mnist_flax.results import load_run, write_results
 from mnist_flax.steps import create_state
 from mnist_flax.workdir import claim
 
@@ -151,6 +163,76 @@ def test_report_is_one_page_with_the_runs_numbers(finished, few_dir, tmp_path):
     assert "https://" not in page
 
 
+def prepare_colours(data_dir):
+    """Prepares a dataset of 8x8x3 images: the bright channel is the class; no test image's is 2."""
+
+    class Colours(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(8, 8, 3)),
+                "label": tfds.features.ClassLabel(names=["red", "green", "blue"]),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(3, 90), "test": self._generate_examples(2, 40)}
+
+        def _generate_examples(self, num_classes, count):
+            rng = np.random.default_rng(num_classes)
+            for i in range(count):
+                image = rng.integers(0, 100, (8, 8, 3), np.uint8)
+                image[..., i % num_classes] += 120
+                yield i, {"image": Image.fromarray(image), "label": i % num_classes}
+
+    Colours(data_dir=data_dir, file_format="array_record").download_and_prepare()
+
+
+def test_report_of_other_images_and_of_a_class_that_is_not_tested(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a script sets
+    prepare_colours(tmp_path / "data")
+    splits = load_splits("colours", val_size=15, data_dir=tmp_path / "data")
+    model = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(8,))
+    recipe = Recipe(
+        dataset="colours",
+        val_size=15,
+        epochs=2,
+        batch_size=15,
+        model=model,
+        augment=AffineConfig(),
+        optimizer=OptimizerConfig(learning_rate=0.05),
+    )
+    run = tmp_path / "run"
+    result = fit(recipe, splits, workdir=run, progress=False)
+    write_results(
+        run,
+        recipe,
+        splits.info,
+        result,
+        test_examples=splits.test,
+        test=evaluate(result.state, splits.test),
+        data_seconds=0.0,
+        test_seconds=0.0,
+    )
+    assert not report.main([str(run), "--data-dir", str(tmp_path / "data")])
+    (numbers,) = json.loads(
+        (run / "report" / "report.json").read_text(), parse_constant=pytest.fail
+    )
+    assert numbers["recall"][2] is None  # there is no blue image to be found
+    confusion = np.array(numbers["confusion"])
+    assert confusion.sum(axis=1).tolist() == [20, 20, 0]
+    assert numbers["recall"][:2] == (np.diag(confusion)[:2] / 20).tolist()
+    page = (run / "report" / "index.html").read_text()
+    assert "<td>blue</td><td>" in page
+    assert "nan" not in re.sub('base64,[^"]*', "", page).lower()
+    assert "<p></p>" not in page
+    assert "the classifier sees of 40 test images" in page
+    assert f"{numbers['accuracy']:.2%}" in capsys.readouterr().out
+
+
 def test_predict_reads_pictures_and_refuses_what_is_none(finished, splits, tmp_path):
     chosen = [int(i) for i in (splits.test.labels == 1).nonzero()[0][:1]]
     for index in chosen:
@@ -180,12 +262,40 @@ def test_export_checks_both_files_on_the_whole_test_split(finished, few_dir, tmp
     assert (tmp_path / "export" / "model.onnx").stat().st_size > 4 * result["parameters"]
 
 
+def no_model(_data, _images):
+    raise RuntimeError("Could not find an implementation\nat line 3")
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda _data, images: images + 0.01, "largest difference of a logit 1.0e-02 on 2 images"),
+        (lambda _data, images: images * np.nan, "largest difference of a logit nan"),
+        (no_model, "RuntimeError: Could not find an implementation\n"),
+    ],
+)
+def test_a_file_that_fails_its_check_is_not_left_behind(run, message, tmp_path, capsys):
+    images = np.eye(2)
+    options = {"images_NHWC": images, "expected_NK": images, "tolerance": 1e-3}
+    write_checked = importlib.import_module("export").write_checked
+    path = tmp_path / "export" / "model.onnx"
+    assert not write_checked(path, lambda: b"data", run, **options)
+    assert not list(tmp_path.iterdir())
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {path} is not written: {message.strip()}")
+    assert len(printed.err.splitlines()) == 1
+    assert write_checked(path, lambda: b"data", lambda _data, images: images, **options)
+    assert path.read_bytes() == b"data"
+    assert [each.name for each in path.parent.iterdir()] == ["model.onnx"]
+
+
 @pytest.mark.parametrize("name", ["report", "predict", "export"])
 def test_a_directory_without_a_run_is_one_line(name, tmp_path):
     run = experiment(name, tmp_path, *(["x.png"] if name == "predict" else []), cwd=tmp_path)
     assert run.returncode == 2
-    assert run.stderr.startswith("error: there is no finished run in ")
-    assert len(run.stderr.splitlines()) == 1
+    device, refusal = run.stderr.splitlines()
+    assert "cpu" in device.lower()
+    assert refusal.startswith("error: there is no ")
 
 
 def test_sigterm_writes_a_checkpoint_and_the_run_resumes(few_dir, tmp_path):
@@ -373,7 +483,8 @@ def test_folds_tests_every_training_image_once(few_archives, tmp_path):
     run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "runs" / "folds-default" / "folds.json").read_text())
-    assert found["sizes"] == [6000, 6000]
+    assert sum(found["sizes"]) == 12000
+    assert max(found["sizes"]) - min(found["sizes"]) <= 10  # one a class
     assert list(found["accuracy"]) == ["default", "default, the mean of 2 views"]
     for name, accuracy in found["accuracy"].items():
         assert accuracy == sum(found["correct"][name]) / 12000 > 0.7
@@ -602,7 +713,12 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, data_dir, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--no-such-option", "3"], "no-such-option"),
+        (["--no-such-option", "3"], "'--no-such-option' is not an option"),
+        (["--epohs=3"], "did you mean --epochs?"),
+        (["--model.width", "3"], "did you mean --model.widths?"),
+        (["3"], "'3' is a word too many"),
+        (["--epochs"], "--epochs"),
+        (["--optimizer.name", "adma"], "adma"),
         (["--epochs", "many"], "--epochs"),
         (["--epochs", "0"], "epochs is 0"),
         (["--augment.rotate", "nan"], "augment.rotate is nan"),
@@ -615,7 +731,8 @@ def test_the_command_line_refuses_in_one_line(arguments, message):
     with pytest.raises(InputError) as refusal:
         command_line.parse(Recipe, arguments, default=RECIPES["default"], description="")
     assert message in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    # No frame, no title of one, no help.
+    assert not re.search(r"[\n\u2500-\u257f]|--{3}|Argument helptext|For full", str(refusal.value))
 
 
 JSON = st.recursive(
@@ -667,6 +784,64 @@ def test_options_override_the_named_recipe():
     recipe = command_line.parse(Recipe, rest, default=RECIPES[name], description="")
     expected = ["epochs: 5 -> 1", "seed: 0 -> 3"]
     assert differences(to_dict(RECIPES["seed"]), to_dict(recipe)) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["RUN", "--json", "a.png", "--show", "out.png", "b.png"],
+        ["--show=out.png", "RUN", "a.png", "b.png", "--json"],
+        ["--json", "RUN", "a.png", "--show", "out.png", "--", "b.png"],
+    ],
+)
+def test_options_stand_between_positional_words(words):
+    command = command_line.parse(predict.Command, words, default=predict.Command(), description="")
+    assert command.paths == (Path("RUN"), Path("a.png"), Path("b.png"))
+    assert (command.show, command.json, command.line) == (Path("out.png"), True, False)
+
+
+def test_a_word_after_two_dashes_is_no_option():
+    words = ["RUN", "--", "--json", "-1.png"]
+    command = command_line.parse(predict.Command, words, default=predict.Command(), description="")
+    assert command == predict.Command(paths=(Path("RUN"), Path("--json"), Path("-1.png")))
+
+
+def test_every_path_may_begin_with_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    default = folds.Command(folds.without_validation(RECIPES["default"]))
+    words = ["--workdir=~/x", "--data-dir", "~/y", "--archives", "a~"]
+    command = command_line.parse(folds.Command, words, default=default, description="")
+    paths = command.workdir, command.data_dir, command.archives
+    assert paths == (Path("/home/me/x"), Path("/home/me/y"), Path("a~"))
+    words = ["~/run", "--line", "~/a.png"]
+    command = command_line.parse(predict.Command, words, default=predict.Command(), description="")
+    assert command.paths == (Path("/home/me/run"), Path("/home/me/a.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("predict", ["gs://bucket/run", "a.png"]),
+        ("predict", ["run", "--show", "gs://bucket/a.png", "a.png"]),
+        ("report", ["run", "--out=gs://bucket/a"]),
+        ("export", ["run", "--data-dir", "gs://bucket/a"]),
+        ("demo", ["gs://bucket/run"]),
+        ("scaling", ["--workdir", "gs://bucket/run"]),
+        ("determinism", ["--data-dir", "gs://bucket/run"]),
+        ("folds", ["--archives", "gs://bucket/run"]),
+        ("train", ["--workdir", "gs://bucket/run"]),
+        ("train", ["--resume", "--workdir", "gs://bucket/run"]),
+        ("seeds", ["--workdir", "gs://bucket/run"]),
+        ("sweep", ["--vary", "epochs=1,2", "--workdir", "gs://bucket/run"]),
+        ("gpu_study", ["--output", "gs://bucket/run"]),
+        ("benchmark", ["--out", "gs://bucket/run"]),
+    ],
+)
+def test_an_address_is_no_path(name, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"is gs://bucket/\w+"):
+        importlib.import_module(name).main(arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_columns_options():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
 
@@ -77,3 +78,25 @@ def test_exported_programs_hold_no_cpu_formulation(state):
     )
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     assert "stablehlo.while" not in exported.mlir_module()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the converter's
+def test_a_network_of_bfloat16_becomes_one_of_float32(splits, images):
+    """ONNX Runtime can load it; a layer's numbers of bfloat16 have 8 bits."""
+    recipe = RECIPES["tiny700"]
+    half = dataclasses.replace(
+        recipe, model=dataclasses.replace(recipe.model, precision="bfloat16")
+    )
+    states = [initial_state(r, splits.info, steps=1, mesh=data_mesh(1)) for r in (half, recipe)]
+    logging.disable(logging.DEBUG)
+    try:
+        with jax.numpy_rank_promotion("allow"):  # in the converter
+            model = export.to_onnx(states[0], image_shape=(28, 28, 1), class_names=("0",) * 10)
+        assert logging.root.manager.disable == logging.DEBUG  # what the caller had asked for
+    finally:
+        logging.disable(logging.NOTSET)
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images})
+    np.testing.assert_allclose(logits, predict(states[1], images), rtol=0, atol=1e-4)
+    rounded = predict(states[0], images)
+    assert 0 < np.abs(rounded - logits).max() < 2**-5 * np.abs(logits).max()
