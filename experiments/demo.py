@@ -7,6 +7,7 @@ Serves a page on this machine alone (127.0.0.1), until Ctrl-C.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -100,6 +101,7 @@ def main(arguments):
     from mnist_flax.results import load_run
 
     run = load_run(command.run[0])
+    print(run, file=sys.stderr)
     require_shape(run.info.image_shape)
     try:
         page = make_page(run)

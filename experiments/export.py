@@ -122,6 +122,7 @@ def main(arguments):
     from mnist_flax.workdir import require_directory
 
     run = load_run(command.run[0])
+    print(run, file=sys.stderr)
     out = command.out or run.workdir / "export"
     require_directory(out, "out")
     splits = load_splits(

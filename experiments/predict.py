@@ -71,6 +71,7 @@ def main(arguments):
     from mnist_flax.results import load_run
 
     run = load_run(command.paths[0])
+    print(run, file=sys.stderr)
     require_shape(run.info.image_shape)
     names = run.info.class_names
     images, probabilities, answers = [], [], []

@@ -396,6 +396,7 @@ def main(arguments):
     from mnist_flax.workdir import require_directory, write_json, write_text
 
     runs = [load_run(path) for path in command.runs]
+    print(*runs, sep="\n", file=sys.stderr)
     if len({run.info.fingerprint for run in runs}) > 1:
         raise InputError("the runs are of different datasets; report on each alone")
     out = command.out or command.runs[0] / "report"

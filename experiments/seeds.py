@@ -184,19 +184,15 @@ def run_seeds(
         interrupted=interrupted,
     )
     trained = time.perf_counter()
-    alive = survivors(result.diverged)
     tests = evaluate_many(result.states, splits.test, mesh=mesh)
-    members = [member(result, i, seed, tests[i]) for i, seed in enumerate(seeds)]
     study = {
         "recipe": to_dict(recipe),
-        **test_statistics([tests[i] for i in alive]),
+        **summarize(result, seeds=seeds, tests=tests),
         "fit_seconds": trained - began,
         "test_seconds": time.perf_counter() - trained,
-        "train_seconds_mean": sum(members[i]["train_seconds"] for i in alive) / len(alive),
         "mesh": dict(mesh.shape),
-        "members": members,
-        "diverged": [seed for i, seed in enumerate(seeds) if i not in alive],
     }
+    alive = survivors(result.diverged)
     if own_views := recipe_views(recipe, count=views):
         averaged = over_views(
             see(result.states, splits.test, views=own_views, mesh=mesh, interrupted=interrupted)
@@ -204,6 +200,22 @@ def run_seeds(
         study["views"] = {"number": views, **test_statistics([averaged[i] for i in alive])}
     accuracies = [test.accuracy if i in alive else np.nan for i, test in enumerate(tests)]
     return study, np.array(accuracies)
+
+
+def summarize(result, *, seeds: range, tests: Sequence[Evaluation]) -> dict[str, Any]:
+    """Returns what a study's seeds came to: the numbers of each, and of those left together.
+
+    Raises:
+      DivergedError: all diverged.
+    """
+    alive = survivors(result.diverged)
+    members = [member(result, i, seed, tests[i]) for i, seed in enumerate(seeds)]
+    return {
+        **test_statistics([tests[i] for i in alive]),
+        "train_seconds_mean": sum(members[i]["train_seconds"] for i in alive) / len(alive),
+        "members": members,
+        "diverged": [seed for i, seed in enumerate(seeds) if i not in alive],
+    }
 
 
 def member(result, index: int, seed: int, test: Evaluation) -> dict[str, Any]:

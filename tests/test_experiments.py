@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -41,10 +42,10 @@ from test_members import SEEDS, STOPPING
 from mnist_flax import command_line
 from mnist_flax.archives import disputed_test_labels
 from mnist_flax.data import load_splits, take
-from mnist_flax.errors import InputError
+from mnist_flax.errors import DivergedError, InputError
 from mnist_flax.evaluate import Evaluation, evaluate, fit_temperature
-from mnist_flax.fit import data_mesh, fit, never
-from mnist_flax.members import MembersResult
+from mnist_flax.fit import fit, never
+from mnist_flax.members import MembersResult, fit_many
 from mnist_flax.model import CNN, CNNConfig, Columns, space_to_depth
 from mnist_flax.recipes import (
     RECIPES,
@@ -331,6 +332,15 @@ def test_sigterm_writes_a_checkpoint_and_the_run_resumes(few_dir, tmp_path):
     assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
 
 
+def test_a_run_is_not_resumed_by_another_recipe(finished, few_dir):
+    """Which was ignored, though it was asked for."""
+    words = ["--resume", "--workdir", str(finished), "--recipe", "quick"]
+    again = train(*words, data_dir=few_dir, cwd=finished.parent)
+    assert again.returncode == 2
+    assert "has another recipe (" in again.stderr.splitlines()[-1]
+    assert "leave these options out to continue it" in again.stderr.splitlines()[-1]
+
+
 def wait_for(condition, process, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -416,8 +426,9 @@ def test_views_are_averaged_for_each_member_apart():
 
 def test_recipes_are_compared_seed_by_seed():
     """Differences of 0.1, 0.2 and 0.3: t is 0.2 / (0.1 / sqrt 3), with two degrees of freedom."""
-    found = seeds.compare(np.array([0.5, 0.6, 0.8]), np.array([0.4, 0.4, 0.5]))
-    assert found["difference"] == pytest.approx(0.2)
+    theirs = np.array([0.4, 0.4, 0.5, 0.1, np.nan])
+    found = seeds.compare(np.array([0.5, 0.6, 0.8, np.nan, 0.9]), theirs)
+    assert (found["pairs"], found["difference"]) == (3, pytest.approx(0.2))
     assert found["p_value"] == pytest.approx(2 * stats.t.sf(2 * 3**0.5, 2))
 
 
@@ -433,7 +444,7 @@ def test_a_sweep_chooses_by_the_epoch_that_the_winner_will_end_with():
     )
     assert sweep.val_accuracy(result, 0, best=True) == 0.3
     assert sweep.val_accuracy(result, 0, best=False) == 0.2
-    assert sweep.val_accuracy(result, 1, best=True) == 0.0
+    assert math.isnan(sweep.val_accuracy(result, 1, best=True))
 
 
 @pytest.mark.parametrize("name", ["quick", "tiny700"])
@@ -476,11 +487,26 @@ def test_an_impossible_study_is_refused_before_any_work(arguments, message, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def interrupt_and_resume(words, rows, *, cwd):
+    """Runs a study that is told to end once `rows` has a row; returns how its continuation ends."""
+    victim = subprocess.Popen(words, cwd=cwd, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: rows.exists() and rows.read_text(), victim)
+    victim.send_signal(signal.SIGTERM)
+    assert "continue with the same command and --resume" in victim.communicate()[1]
+    assert victim.returncode == 128 + signal.SIGTERM
+    again = run_words(words, cwd=cwd)
+    assert again.returncode == 2
+    assert "holds a run; give --resume" in again.stderr
+    return run_words([*words, "--resume"], cwd=cwd)
+
+
 def test_folds_tests_every_training_image_once(few_archives, tmp_path):
+    """Also where it was interrupted."""
     words = script("folds", *SMALL, "--val-size", "0")
-    words += ["--epochs", "1", "--optimizer.learning-rate", "0.4", "--folds", "2"]
+    words += ["--epochs", "2", "--optimizer.learning-rate", "0.4", "--folds", "2"]
     words += ["--views", "2", *from_archives(few_archives, tmp_path)]
-    run = run_words(words, cwd=tmp_path)
+    rows = tmp_path / "runs" / "folds-default" / "fold-1" / "metrics.jsonl"
+    run = interrupt_and_resume(words, rows, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "runs" / "folds-default" / "folds.json").read_text())
     assert sum(found["sizes"]) == 12000
@@ -488,7 +514,7 @@ def test_folds_tests_every_training_image_once(few_archives, tmp_path):
     assert list(found["accuracy"]) == ["default", "default, the mean of 2 views"]
     for name, accuracy in found["accuracy"].items():
         assert accuracy == sum(found["correct"][name]) / 12000 > 0.7
-        assert f"{name}: {accuracy:.3%} of the 12000 training images" in run.stdout
+        assert f"{name}: {accuracy:.3%} of 12000 training images" in run.stdout
     assert len(set(found["accuracy"].values())) == 2
 
 
@@ -497,15 +523,64 @@ def test_a_fold_is_not_trained_on(small):
     held_out = np.arange(200, 800)
     labels = small.train.labels.copy()
     labels[held_out] = (labels[held_out] + 1) % 10
-    wrong = dataclasses.replace(
-        small, train=small.train._replace(labels=labels), val=head(small.val, 0)
-    )
+    train = dataclasses.replace(small.train, labels=labels)
+    wrong = dataclasses.replace(small, train=train, val=head(small.val, 0))
     recipe = dataclasses.replace(folds.without_validation(RECIPE), epochs=20, batch_size=30)
-    state = folds.without(recipe, wrong, held_out, mesh=data_mesh(1))
-    found = evaluate(state, take(wrong.train, held_out))
+    rest = folds.without(wrong, held_out)
+    assert rest.info.fingerprint != folds.without(wrong, held_out[1:]).info.fingerprint
+    found = evaluate(fit(recipe, rest, progress=False).state, take(wrong.train, held_out))
     np.testing.assert_array_equal(found.labels_N, labels[held_out])
     assert np.mean((found.predictions_N + 1) % 10 == found.labels_N) > 0.85
     assert found.accuracy < 0.05
+
+
+def test_the_mean_of_folds_is_over_those_that_did_not_diverge():
+    """Of folds of 10, 20 and 30 images the second diverged: 9 + 24 of 40, and 8 + 28."""
+    found = folds.summarize(["plain", "views"], [[9, 8], None, [24, 28]], sizes=[10, 20, 30])
+    assert found["accuracy"] == {"plain": 33 / 40, "views": 36 / 40}
+    assert (found["diverged"], found["total"]) == ([2], 40)
+    assert found["correct"] == {"plain": [9, None, 24], "views": [8, None, 28]}
+    with pytest.raises(DivergedError, match="every fold diverged"):
+        folds.summarize(["plain"], [None, None], sizes=[1, 1])
+
+
+def test_a_seed_that_diverges_is_named_and_the_mean_is_the_others(small, splits, data_dir):
+    """The second of four: its numbers are infinite from the first step on."""
+    result = fit_many(
+        RECIPE,
+        small,
+        seeds=range(4),
+        vary={"optimizer.learning_rate": [0.05, 1e30, 0.05, 0.05]},
+        progress=False,
+    )
+    assert seeds.survivors(result.diverged) == [0, 2, 3]
+    tests = [evaluate(result.member(i).state, head(splits.test, 500)) for i in (0, 2, 3)]
+    study = seeds.summarize(result, seeds=range(10, 14), tests=[tests[0], tests[0], *tests[1:]])
+    assert study["diverged"] == [11]
+    assert study["mean"] == pytest.approx(np.mean([test.accuracy for test in tests]))
+    assert study["deviation"] == pytest.approx(np.std([t.accuracy for t in tests], ddof=1))
+    assert study["members"][1] == {"seed": 11, "diverged": result.diverged[1]}
+    assert [member["seed"] for member in study["members"]] == [10, 11, 12, 13]
+    seconds = {"fit_seconds": 1.0, "train_seconds_mean": 0.1}
+    assert "3 seeds (1 more diverged: 11); " in seeds.describe("name", study | seconds)
+
+
+def test_where_one_seed_is_left_there_is_no_spread():
+    found = seeds.statistics(np.array([0.5]))
+    assert found == {"mean": 0.5, "deviation": None, "interval": None}
+    assert seeds.spread(found) == ["50.000%", "-", "-"]
+    with pytest.raises(DivergedError, match="all 2 networks diverged; the first: too fast"):
+        seeds.survivors(["too fast", "too far"])
+
+
+def test_a_sweep_chooses_among_points_of_which_the_fewest_seeds_diverged():
+    accuracies = np.array([[0.5, np.nan], [0.3, 0.4], [0.4, 0.5], [np.nan, np.nan]])
+    assert sweep.winner(accuracies) == 2
+    assert sweep.winner(accuracies[[3, 0]]) == 1
+    line = sweep.describe({"rate": 0.5}, accuracies[0], first_seed=7)
+    assert line == "rate 0.5: validation accuracy 50.000% (1 seeds; 1 more diverged: 8)"
+    with pytest.raises(DivergedError, match="all 2 networks diverged"):
+        sweep.winner(accuracies[3:])
 
 
 @pytest.mark.usefixtures("splits")
@@ -589,13 +664,16 @@ def test_the_time_to_an_accuracy_is_the_quickest_networks():
 
 
 def test_sweep_chooses_on_validation_and_trains_the_winner_anew(few_archives, tmp_path):
-    """At a learning rate of 1e-9 nothing is learnt, so the choice is known beforehand."""
-    words = script("sweep", *FEW, "--epochs", "1")
+    """Also where it was interrupted.
+
+    At a learning rate of 1e-9 nothing is learnt, so the choice is known beforehand.
+    """
+    words = script("sweep", *FEW, "--epochs", "2")
     words += ["--vary", "optimizer.learning-rate=1e-9,0.4", "--search-val-size", "500"]
     words += ["--seeds", "1", "--fresh-seeds", "2", *from_archives(few_archives, tmp_path)]
-    run = run_words(words, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
     workdir = tmp_path / "runs" / "sweep-default"
+    run = interrupt_and_resume(words, workdir / "search-0" / "metrics.jsonl", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
     sweep = json.loads((workdir / "sweep.json").read_text())
     rates = [1e-9, 0.4]
     assert sweep["points"] == [{"optimizer.learning_rate": rate} for rate in rates]
