@@ -23,6 +23,7 @@ from mnist_flax.steps import (
     eval_step,
     reduce_on_plateau,
     to_float,
+    to_model,
     train_step,
 )
 
@@ -37,9 +38,7 @@ GOLDEN_NORM = 9.0447979
 
 
 def make_state(seed=0):
-    key = jax.random.key(seed)
-    model = CNN(CONFIG, rngs=nnx.Rngs(params=draw_key(key, Purpose.INIT, 0)))
-    return create_state(key, model, OPTIMIZER)
+    return create_state(jax.random.key(seed), lambda rngs: CNN(CONFIG, rngs=rngs), OPTIMIZER)
 
 
 def same_bits(one, other):
@@ -64,11 +63,10 @@ def step():
 def test_a_step_by_hand(batch):
     """Logistic regression's gradient in numpy: the last layer, with everything before it frozen."""
     config = dataclasses.replace(CONFIG, dropout=0.0)
-    model = CNN(config, rngs=nnx.Rngs(0))
     optimizer = make_optimizer("sgd", learning_rate=lambda _: 0.1)
-    state = create_state(jax.random.key(0), model, optimizer)
+    state = create_state(jax.random.key(0), lambda rngs: CNN(config, rngs=rngs), optimizer)
     see = nnx.jit(functools.partial(CNN.features, train=True))
-    features_BF = np.asarray(see(model, to_float(batch.images)), np.float64)
+    features_BF = np.asarray(see(to_model(state), to_float(batch.images)), np.float64)
     step = jax.jit(functools.partial(train_step, label_smoothing=0.1))
     new_state, metrics = step(state, batch)
     kernel = np.asarray(state.params["head"]["kernel"], np.float64)
@@ -116,9 +114,9 @@ def test_images_are_normalized_before_they_are_augmented(batch):
     configs = (dataclasses.replace(plain, normalize=True), plain)
     key, images = jax.random.key(0), to_float(batch.images)
     states = [
-        create_state(key, CNN(config, rngs=nnx.Rngs(params=key)), OPTIMIZER) for config in configs
+        create_state(key, lambda rngs, c=config: CNN(c, rngs=rngs), OPTIMIZER) for config in configs
     ]
-    batches = [batch._replace(images=seen) for seen in (images, normalize(images))]
+    batches = [dataclasses.replace(batch, images=seen) for seen in (images, normalize(images))]
 
     def shift(images_BHWC):  # which normalization would take back
         return jnp.roll(images_BHWC, 4, axis=1)
