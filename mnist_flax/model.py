@@ -168,8 +168,9 @@ def relu_norm_pool(
     if not train:
         outputs_BHWC = norm(nnx.relu(inputs_BHWC), use_running_average=True)
         return ops.max_pool(outputs_BHWC, window=window, few_channels=few_channels)
-    bias_C = norm.bias[...]
-    scale_C = jnp.ones_like(bias_C) if norm.scale is None else norm.scale[...]
+    # In the inputs' type, so that their gradients come back in their own.
+    bias_C = norm.bias[...].astype(inputs_BHWC.dtype)
+    scale_C = jnp.ones_like(bias_C) if norm.scale is None else norm.scale[...].astype(bias_C.dtype)
     outputs_BHWC, mean_C, var_C = ops.relu_norm_pool(
         inputs_BHWC,
         scale_C,
@@ -180,8 +181,9 @@ def relu_norm_pool(
     )
     # Apart from what comes before, so that XLA rounds them alike in every program.
     mean_C, var_C = jax.lax.optimization_barrier((mean_C, var_C))
-    norm.mean[...] = norm.momentum * norm.mean[...] + (1 - norm.momentum) * mean_C
-    norm.var[...] = norm.momentum * norm.var[...] + (1 - norm.momentum) * var_C
+    for running, own_C in ((norm.mean, mean_C), (norm.var, var_C)):
+        moved_C = norm.momentum * running[...] + (1 - norm.momentum) * own_C
+        running[...] = moved_C.astype(running[...].dtype)  # float64 images would widen it
     return outputs_BHWC
 
 

@@ -292,11 +292,7 @@ def smoothed_losses(
 
 
 def changed_stats(state: TrainState, model: Any) -> Any:
-    """Returns what `model` holds beside parameters after a call, in the dtypes of the state.
-
-    Intermediate values that it has sown are dropped.
-    """
-    nnx.pop(model, nnx.Intermediate)
+    """Returns what `model` holds beside parameters after a call, in the dtypes of the state."""
     batch_stats = nnx.as_pure(nnx.split(model, nnx.Param, ...)[2])
 
     def as_before(new, old):
