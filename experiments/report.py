@@ -130,8 +130,8 @@ def measure(run, splits, bar: tqdm) -> tuple[dict[str, Any], Any]:
         "error_free_coverage": risk_coverage(test).error_free,
     }
     bar.update()
-    if run.info.name == "mnist":
-        disputed = np.isin(np.arange(test.total), disputed_test_labels())
+    if indices := disputed_test_labels(fingerprint=splits.info.fingerprint):
+        disputed = np.isin(np.arange(test.total), indices)
         clear = test.subset(~disputed)
         numbers["label_noise"] = {
             "disputed": int(disputed.sum()),

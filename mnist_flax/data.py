@@ -15,9 +15,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
 import filelock
 import jax
@@ -26,7 +26,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from mnist_flax import archives as archives_lib
+from mnist_flax.checks import (
+    check_image_array,
+    check_image_shape,
+    check_image_values,
+    check_label_array,
+    check_label_values,
+)
 from mnist_flax.errors import InputError
+from mnist_flax.metrics import PADDING
 
 if TYPE_CHECKING:
     import grain
@@ -42,12 +50,17 @@ _NAME = re.compile(
 )
 
 
-class Examples(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
     """Images and their labels: a split, a batch, or [S, B] batches. A pytree.
 
+    A sequence of its leading axis: `len(examples)` is N, `examples[:100]` are the first 100, and
+    `examples[i]` is one example, `Examples(image_HWC, label)`.
+
     Attributes:
-      images: [N, H, W, C] uint8, from 0 to 255.
-      labels: [N] int32, from 0 to K - 1; in batches for evaluation, -1 marks padding.
+      images: [N, H, W, C], uint8 from 0 to 255 or floating-point from 0 to 1.
+      labels: [N] integers, from 0 to K - 1; in batches for evaluation, -1 marks padding.
     """
 
     images: np.ndarray | jax.Array
@@ -55,8 +68,17 @@ class Examples(NamedTuple):
 
     @property
     def num_examples(self) -> int:
-        """N, the length of the leading axis; `len` would count the two fields."""
+        """N, the same as `len`."""
+        return len(self)
+
+    def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, rows: Any) -> "Examples":
+        return Examples(self.images[rows], self.labels[rows])
+
+    def __iter__(self) -> "Iterator[Examples]":
+        return (self[index] for index in range(len(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +127,7 @@ class Records:
         return len(self._indices_N)
 
     def __getitem__(self, index: int) -> Examples:
-        image_1HWC, label_1 = self.take(np.array([index]))
-        return Examples(image_1HWC[0], label_1[0])
+        return self.take(np.array([index]))[0]
 
     def take(self, indices_B: np.ndarray | jax.Array) -> Examples:
         """Reads a batch: images [B, H, W, C] uint8 and labels [B] int32."""
@@ -136,7 +157,7 @@ class Splits(Generic[TrainT]):
 def load_splits(
     name: str,
     *,
-    val_size: int,
+    val_size: int = 5000,
     seed: int = 0,
     data_dir: str | os.PathLike[str] | None = None,
     archives: str | os.PathLike[str] | None = None,
@@ -213,7 +234,57 @@ def take(examples: Examples | Records, indices_B: np.ndarray | jax.Array) -> Exa
     """Gathers a batch: images [B, H, W, C] uint8 and labels [B] int32."""
     if isinstance(examples, Records):
         return examples.take(indices_B)
-    return Examples(examples.images[indices_B], examples.labels[indices_B])
+    return examples[indices_B]
+
+
+def check_examples(
+    examples: "Examples | Records",
+    *,
+    name: str,
+    image_shape: Sequence[int] | None = None,
+    num_classes: int | None = None,
+) -> None:
+    """Checks a split, its values included where this process holds them.
+
+    Args:
+      examples: the split; of `Records`, which were checked as they were read, the shape alone.
+      name: what to call it in an error, such as "train".
+      image_shape: the (H, W, C) that images must have; None for any.
+      num_classes: K; None leaves open how large a label may be.
+
+    Raises:
+      InputError: there is no example; the images are not uint8 or floating-point in [0, 1], of
+        that shape; or the labels are not one integer in [0, K) an image.
+    """
+    if not len(examples):
+        raise InputError(f"{name}: there are no examples; give at least one")
+    try:
+        if isinstance(examples, Records):
+            check_image_shape((len(examples), *examples.image_shape), image_shape or ())
+            return
+        check_image_array(examples.images)
+        if image_shape is not None:
+            check_image_shape(examples.images.shape, image_shape)
+        check_label_array(examples.labels, num_examples=len(examples.images))
+        check_image_values(examples.images)
+        check_label_values(examples.labels, num_classes=num_classes)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def check_splits(splits: "Splits") -> None:
+    """Checks the examples that training sees, `train` and, unless it is empty, `val`.
+
+    Raises:
+      InputError: as in `check_examples`.
+    """
+    wanted: dict[str, Any] = {
+        "image_shape": splits.info.image_shape,
+        "num_classes": splits.info.num_classes,
+    }
+    check_examples(splits.train, name="train", **wanted)
+    if len(splits.val):
+        check_examples(splits.val, name="val", **wanted)
 
 
 def epoch_order(key: jax.Array, *, num_examples: int, batch_size: int) -> jax.Array:
@@ -248,19 +319,24 @@ def eval_batches(examples: Examples, *, batch_size: int) -> Examples:
       batch_size: B, at least 1.
 
     Returns:
-      images [S, B, H, W, C] uint8 and labels [S, B] int32, with S = ceil(N / B). Padding has
-      images of zeros and the label -1.
+      images [S, B, H, W, C] in their own dtype and labels [S, B] int32, with S = ceil(N / B).
+      Padding has images of zeros and the label -1.
 
     Raises:
-      InputError: `batch_size` is less than 1.
+      InputError: `batch_size` is less than 1, or images or labels have no such shape or dtype.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    num_examples = examples.num_examples
+    check_image_array(examples.images)
+    check_label_array(examples.labels, num_examples=len(examples.images))
+    num_examples = len(examples)
     steps = -(-num_examples // batch_size)
     padding = steps * batch_size - num_examples
     images = np.pad(examples.images, [(0, padding), (0, 0), (0, 0), (0, 0)])
-    labels = np.pad(examples.labels, (0, padding), constant_values=-1)
+    # Signed before it is padded: in uint8 the padding would be the label 255.
+    labels = np.pad(
+        np.asarray(examples.labels).astype(np.int32), (0, padding), constant_values=PADDING
+    )
     return Examples(
         images.reshape(steps, batch_size, *images.shape[1:]), labels.reshape(steps, batch_size)
     )
@@ -566,7 +642,7 @@ class _Prepared:
         start = 0
         for chunk in self.chunks(split, indices_N):
             stop = start + chunk.num_examples
-            images[start:stop], labels[start:stop] = chunk
+            images[start:stop], labels[start:stop] = chunk.images, chunk.labels
             start = stop
         return Examples(images, labels)
 

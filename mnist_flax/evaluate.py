@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mnist_flax.data import EVAL_BATCH, Examples
+from mnist_flax.checks import (
+    check_image_array,
+    check_image_values,
+    check_label_array,
+    check_label_values,
+)
+from mnist_flax.data import EVAL_BATCH, Examples, check_examples
+from mnist_flax.errors import InputError
 from mnist_flax.fit import mesh_of, sharded_batches
 from mnist_flax.steps import TrainState, View, eval_logits, without_optimizer
 
@@ -24,11 +31,18 @@ class Evaluation:
 
     Attributes:
       logits_NK: float32 [N, K]; of a `mixture`, float64.
-      labels_N: int32 [N], in [0, K).
+      labels_N: integers [N], in [0, K).
+
+    Raises:
+      InputError: on construction, for labels that are not.
     """
 
     logits_NK: np.ndarray
     labels_N: np.ndarray
+
+    def __post_init__(self):
+        check_label_array(self.labels_N, num_examples=len(self.logits_NK))
+        check_label_values(self.labels_N, num_classes=self.logits_NK.shape[-1])
 
     @property
     def log_probabilities_NK(self) -> np.ndarray:
@@ -213,6 +227,14 @@ def _whole_logits(
     return jax.lax.with_sharding_constraint(logits_SBK, everywhere)
 
 
+def padded_size(num_examples: int) -> int:
+    """Returns the examples of a batch that holds so many: a power of two, at most EVAL_BATCH.
+
+    Few sizes, so that few programs are compiled.
+    """
+    return min(EVAL_BATCH, 1 << (num_examples - 1).bit_length())
+
+
 def predict(
     state: TrainState, images_NHWC: np.ndarray | jax.Array, *, view: View | None = None
 ) -> np.ndarray:
@@ -224,10 +246,18 @@ def predict(
       state: the state; its arrays stay valid.
       images_NHWC: the images.
       view: how to see them; None sees them as they are.
+
+    Raises:
+      InputError: there is no image; they are not uint8 or floating-point in [0, 1], or of another
+        shape than the model's.
     """
-    N, mesh = len(images_NHWC), mesh_of(state)
-    padded = Examples(np.asarray(images_NHWC), np.zeros(N, np.int32))
-    images_SBHWC = sharded_batches(padded, mesh=mesh, batch_size=min(N, EVAL_BATCH)).images
+    images_NHWC, mesh = np.asarray(images_NHWC), mesh_of(state)
+    check_image_array(images_NHWC)
+    check_image_values(images_NHWC)
+    if not (N := len(images_NHWC)):
+        raise InputError("there are no images to predict; give at least one")
+    padded = Examples(images_NHWC, np.zeros(N, np.int32))
+    images_SBHWC = sharded_batches(padded, mesh=mesh, batch_size=padded_size(N)).images
     state = jax.device_put(without_optimizer(state), NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
         logits_SBK = _whole_logits(state, images_SBHWC, view, mesh=mesh)
@@ -241,5 +271,9 @@ def evaluate(state: TrainState, examples: Examples, *, view: View | None = None)
       state: the state; its arrays stay valid.
       examples: at least one example.
       view: how to see the images; None sees them as they are.
+
+    Raises:
+      InputError: as in `predict`; or the labels are not one integer in [0, K) an image.
     """
+    check_examples(examples, name="the examples to evaluate")
     return Evaluation(predict(state, examples.images, view=view), np.asarray(examples.labels))

@@ -28,6 +28,7 @@ from mnist_flax.data import (
     Examples,
     Records,
     Splits,
+    check_splits,
     epoch_order,
     eval_batches,
     stream_batches,
@@ -164,6 +165,7 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh) -> None:
     Raises:
       InputError: it can not.
     """
+    check_splits(splits)
     if recipe.batch_size > splits.train.num_examples:
         raise InputError(
             f"batch_size is {recipe.batch_size}, larger than the {splits.train.num_examples} "
@@ -263,6 +265,40 @@ def continued(
         raise InputError("the state to start from was trained by another kind of optimizer")
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.device_put(dataclasses.replace(start, optimizer=optimizer), everywhere)
+
+
+def check_start(
+    start: TrainState, start_metrics: Metrics | None, *, recipe: Recipe, steps: int
+) -> None:
+    """Checks that a run of the recipe can go on from a state; an epoch has `steps` steps.
+
+    Raises:
+      InputError: the run would be over; or the state's step is within an epoch whose metrics so
+        far are others than `start_metrics`, or is not that of its optimizer: it was trained with
+        another batch size, or on other data.
+    """
+    anew = (
+        "to train on from its parameters, put its params and batch_stats into a state of "
+        "recipe_state's"
+    )
+    step, total = int(start.step), recipe.epochs * steps
+    if step >= total:
+        raise InputError(
+            f"the state to start from is at step {step}, and {recipe.epochs} epochs of {steps} "
+            f"steps are over at {total}: nothing is left to train; {anew}, or raise epochs"
+        )
+    seen = 0 if start_metrics is None else int(start_metrics.count)
+    if seen != (wanted := step % steps * recipe.batch_size):
+        raise InputError(
+            f"the state to start from is at step {step}, {wanted} examples into an epoch of "
+            f"{steps} steps, but start_metrics has counted {seen}: it was trained with another "
+            f"batch size or on other data; {anew}"
+        )
+    counts = {int(count) for _, count in optax.tree.get_all_with_path(start.opt_state, "count")}
+    if others := counts - {step}:
+        raise InputError(
+            f"the state to start from is at step {step}, but its optimizer at {min(others)}; {anew}"
+        )
 
 
 def light_compilation() -> dict[str, int] | None:
@@ -395,8 +431,8 @@ def streamed_feed(records: Records, indices_SB: jax.Array, *, start: int, mesh: 
     def feed(done: int, wanted: int) -> Window:
         count = min(wanted, STREAM_STEPS, S - done)
         read = [next(batches) for _ in range(count)] + [blank] * (STREAM_STEPS - count)
-        images, labels = (np.stack(parts) for parts in zip(*read, strict=True))
-        return Window(Examples(put(images), put(labels)), None, 0, count)
+        stacked = jax.tree.map(lambda *parts: put(np.stack(parts)), *read)
+        return Window(stacked, None, 0, count)
 
     return feed
 
@@ -560,6 +596,7 @@ def epochs(
     if start is None:
         state = initial_state(recipe, splits.info, steps=steps, mesh=mesh)
     else:
+        check_start(start, start_metrics, recipe=recipe, steps=steps)
         state = continued(start, recipe_optimizer(recipe, steps_per_epoch=steps), mesh=mesh)
     zero = zero_metrics(mesh)
     metrics = zero if start_metrics is None else jax.device_put(start_metrics, everywhere)
@@ -647,8 +684,8 @@ def place(examples: Examples, sharding: NamedSharding) -> Examples:
 
     `jax.device_put` would send all of them to all processes, to compare.
     """
-    return Examples(
-        *(jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in examples)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, sharding, a.__getitem__), examples
     )
 
 
@@ -751,7 +788,11 @@ def fit(
                 interrupted=interrupted,
             )
             try:
-                while not now.stopping.should_stop and (result := next(results, None)):
+                while (
+                    not now.stopping.should_stop
+                    and int(now.state.step) < recipe.epochs * steps
+                    and (result := next(results, None))
+                ):
                     now = after_epoch(now, result, zero=fresh.metrics)
                     log.write(result.row())
                     checkpoint.save(manager, run, now)

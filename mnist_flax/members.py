@@ -35,6 +35,7 @@ from mnist_flax.data import (
     Examples,
     Records,
     Splits,
+    check_examples,
     epoch_order,
 )
 from mnist_flax.errors import DivergedError, InputError, Interrupted
@@ -730,6 +731,7 @@ def evaluate_many(
       mesh: the devices, whichever hold the states; None takes `member_mesh` of all.
       view: how all members see the images; None sees them as they are.
     """
+    check_examples(examples, name="the examples to evaluate")
     mesh, N = mesh or member_mesh(len(states.step)), examples.num_examples
     by_member = NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))
     states = jax.device_put(without_optimizer(states), by_member)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+PADDING = -1  # the label of what fills up the last batch of an evaluation
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Metrics:
         cls, *, losses_B: jax.Array, logits_BK: jax.Array, labels_B: jax.Array | np.ndarray
     ) -> Metrics:
         """Sums over a batch; an example whose label is -1 is padding and counts for nothing."""
-        real_B = labels_B >= 0
+        real_B = labels_B != PADDING
         hits_B = (jnp.argmax(logits_BK, axis=-1) == labels_B) & real_B
         return cls(
             loss_sum=jnp.sum(jnp.where(real_B, losses_B, 0)).astype(jnp.float32),

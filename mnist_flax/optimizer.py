@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from mnist_flax.errors import InputError
 
 ScheduleName = Literal["constant", "exponential", "one_cycle", "cosine"]
 OptimizerName = Literal["sgd", "adamw", "muon"]
@@ -53,26 +57,65 @@ def make_schedule(
     return optax.join_schedules([rise, fall], [rising])
 
 
+# Names of parameters that are no kernels, of however many axes: attention's biases have two, and
+# those of stacked states one more than their layer's.
+NOT_KERNELS = ("bias", "scale")
+
+
+def is_kernel(path: Sequence[Any], param: jax.Array) -> bool:
+    """Returns whether the parameter at `path` is a kernel, and not a bias or BatchNorm's scale."""
+    return param.ndim > 1 and _names(path)[-1] not in NOT_KERNELS
+
+
+def _names(path: Sequence[Any]) -> list[Any]:
+    return [getattr(part, "key", getattr(part, "name", None)) for part in path]
+
+
 def decayed(params: optax.Params) -> optax.Params:
     """Marks what weight decay applies to: kernels, not biases or BatchNorm's scales."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    return jax.tree.map_with_path(is_kernel, params)
 
 
-def muon_dimensions(params: optax.Params) -> optax.Params:
+def is_classifier(path: Sequence[Any], param: jax.Array, *, name: str | None) -> bool:
+    """Returns whether the parameter at `path` is the kernel of the layer of that name."""
+    return is_kernel(path, param) and name in _names(path)[-2:]
+
+
+def muon_dimensions(params: optax.Params, *, classifier: str | None = "head") -> optax.Params:
     """Marks what Muon updates, and how it sees a matrix in it.
 
     Every kernel but the classifier's, as [inputs, outputs]; Adam updates the rest, as Muon's
     author advises (https://kellerjordan.github.io/posts/muon/).
+
+    Args:
+      params: the parameters of one network; of stacked ones under `jax.vmap`.
+      classifier: the name of the last layer, as the model's attribute; None for a model without.
     """
 
     def dimensions(path, param):
-        names = [getattr(part, "key", None) for part in path]
-        if param.ndim < 2 or "head" in names:
+        if not is_kernel(path, param) or is_classifier(path, param, name=classifier):
             return None
         inputs = tuple(range(param.ndim - 1))
         return optax.contrib.MuonDimensionNumbers(inputs, param.ndim - 1)
 
     return jax.tree.map_with_path(dimensions, params)
+
+
+def with_classifier(
+    optimizer: optax.GradientTransformationExtraArgs, *, name: str | None
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer, whose `init` raises InputError where no layer has that name."""
+
+    def init(params):
+        is_it = functools.partial(is_classifier, name=name)
+        if name is not None and not any(jax.tree.leaves(jax.tree.map_with_path(is_it, params))):
+            raise InputError(
+                f"muon leaves the classifier to Adam, but no layer is named {name!r}; give the "
+                "last one's name as classifier"
+            )
+        return optimizer.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, optimizer.update)
 
 
 def make_optimizer(
@@ -84,6 +127,7 @@ def make_optimizer(
     nesterov: bool = True,
     ns_steps: int = 5,
     adam_ratio: float | jax.Array = 1.0,
+    classifier: str | None = "head",
 ) -> optax.GradientTransformation:
     """Returns the optimizer; weight decay is decoupled and spares biases and BatchNorm.
 
@@ -96,6 +140,10 @@ def make_optimizer(
       ns_steps: Newton-Schulz iterations with which "muon" makes an update nearly orthogonal.
       adam_ratio: Adam's learning rate as a fraction of Muon's, for what "muon" leaves to it:
         biases, BatchNorm and the classifier, none of which is decayed.
+      classifier: the name of the last layer, for "muon": as in `muon_dimensions`.
+
+    Returns:
+      The optimizer. That of "muon" raises InputError in `init` where no layer has that name.
     """
     match name:
         case "sgd":
@@ -107,14 +155,17 @@ def make_optimizer(
         case "adamw":
             return optax.adamw(learning_rate, weight_decay=weight_decay, mask=decayed)
         case "muon":
-            return optax.contrib.muon(
+            muon = optax.contrib.muon(
                 learning_rate,
                 beta=momentum,
                 nesterov=nesterov,
                 ns_steps=ns_steps,
                 weight_decay=weight_decay,
                 adam_learning_rate=lambda step: adam_ratio * jnp.asarray(learning_rate(step)),
-                muon_weight_dimension_numbers=muon_dimensions,
+                muon_weight_dimension_numbers=functools.partial(
+                    muon_dimensions, classifier=classifier
+                ),
             )
+            return with_classifier(optax.with_extra_args_support(muon), name=classifier)
         case _:
             raise ValueError(f"unknown optimizer {name!r}")

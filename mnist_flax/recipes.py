@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from mnist_flax.augment import random_affine
+from mnist_flax.checks import check_field_types
 from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import InputError
 from mnist_flax.model import CNN, CNNConfig, Columns
@@ -71,6 +72,7 @@ class AffineConfig:
     shear: float = 0.0
 
     def __post_init__(self):
+        check_field_types(self, prefix="augment.")
         _require("augment.rotate", self.rotate, 0, 180)
         _require("augment.shift", self.shift, 0, 1)
         _require("augment.zoom", self.zoom, 0, 1)
@@ -101,6 +103,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self):
+        check_field_types(self, prefix="optimizer.")
         _require_fields("optimizer", self.name, self, OPTIMIZER_FIELDS)
         _require("optimizer.learning_rate", self.learning_rate, 0, math.inf, open_low=True)
         _require("optimizer.weight_decay", self.weight_decay, 0, math.inf)
@@ -127,6 +130,7 @@ class ScheduleConfig:
     warmup: float | None = None
 
     def __post_init__(self):
+        check_field_types(self, prefix="schedule.")
         _require_fields("schedule", self.name, self, SCHEDULE_FIELDS)
         if self.decay is not None:
             _require("schedule.decay", self.decay, 0, 1, open_low=True)
@@ -151,6 +155,7 @@ class PlateauConfig:
     min_scale: float = 0.0
 
     def __post_init__(self):
+        check_field_types(self, prefix="plateau.")
         if self.patience is not None:
             _require("plateau.patience", self.patience, 1, math.inf)
         _require("plateau.factor", self.factor, 0, 1, open_low=True)
@@ -171,6 +176,7 @@ class StoppingConfig:
     min_delta: float = 0.0
 
     def __post_init__(self):
+        check_field_types(self, prefix="stopping.")
         if self.patience is not None:
             _require("stopping.patience", self.patience, 1, math.inf)
         _require("stopping.min_delta", self.min_delta, 0, math.inf)
@@ -220,6 +226,7 @@ class Recipe:
     stopping: StoppingConfig = StoppingConfig()
 
     def __post_init__(self):
+        check_field_types(self)
         _require("val_size", self.val_size, 0, math.inf)
         _require("split_seed", self.split_seed, 0, 2**32)
         _require("seed", self.seed, 0, 2**32)
@@ -460,13 +467,15 @@ def recipe_state(
       key: the run's key; None takes that of the recipe's seed.
     """
     key = jax.random.key(recipe.seed) if key is None else key
-    rngs = nnx.Rngs(params=draw_key(key, Purpose.INIT, 0))
-    networks = [
-        CNN(config, image_shape=info.image_shape, num_classes=info.num_classes, rngs=rngs)
-        for config in (recipe.model, *recipe.columns)
-    ]
-    model = Columns(networks) if recipe.columns else networks[0]
-    return create_state(key, model, recipe_optimizer(recipe, steps_per_epoch=steps_per_epoch))
+
+    def make_model(rngs: nnx.Rngs) -> nnx.Module:
+        networks = [
+            CNN(config, image_shape=info.image_shape, num_classes=info.num_classes, rngs=rngs)
+            for config in (recipe.model, *recipe.columns)
+        ]
+        return Columns(networks) if recipe.columns else networks[0]
+
+    return create_state(key, make_model, recipe_optimizer(recipe, steps_per_epoch=steps_per_epoch))
 
 
 # The recipe of an older Keras notebook, and elsewhere called the notebook's: 915,146 parameters,
@@ -474,6 +483,7 @@ def recipe_state(
 SEED = Recipe(
     epochs=5,
     batch_size=64,
+    model=CNNConfig(norm_momentum=0.99),
     augment=AffineConfig(rotate=10.0, shift=0.1, zoom=0.1),
     optimizer=OptimizerConfig("sgd", learning_rate=0.01, momentum=0.9, nesterov=False),
     schedule=ScheduleConfig("exponential", decay=0.9),

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from mnist_flax.augment import affine_matrix, warp_affine
 from mnist_flax.data import Examples
-from mnist_flax.evaluate import predict
+from mnist_flax.evaluate import Evaluation, predict
 from mnist_flax.steps import TrainState, to_float
 
 SEED = 0  # of noise and of where occlusions lie
@@ -63,11 +63,17 @@ def blur(images_NHWC: jax.Array, sigma: float) -> jax.Array:
     return jnp.asarray(ndimage.gaussian_filter(np.asarray(images_NHWC), sigmas, mode="constant"))
 
 
-def occlude(images_NHWC: jax.Array, side: float) -> jax.Array:
-    """Blackens a square of this side, at most 20, within the middle 20 x 20 of a 28 x 28 image."""
+def occlude(images_NHWC: jax.Array, side: int) -> jax.Array:
+    """Blackens a square of this side, in pixels, within the image without a margin of a seventh.
+
+    Of a 28 x 28 image that is the middle 20 x 20, where the digit is. A larger square has the
+    image's centre.
+    """
     N, H, W, _ = images_NHWC.shape
-    limits = jnp.array([[H - side - 3], [W - side - 3]])
-    corners_2N = jax.random.randint(jax.random.key(SEED), (2, N), 4, limits)
+    first = [min(size // 7, max(0, (size - side) // 2)) for size in (H, W)]
+    last = [max(low, size - size // 7 - side) for low, size in zip(first, (H, W), strict=True)]
+    limits = jnp.array([[low] for low in first]), jnp.array([[high + 1] for high in last])
+    corners_2N = jax.random.randint(jax.random.key(SEED), (2, N), *limits)
     top_N1, left_N1 = corners_2N[..., None]
     rows_1H, columns_1W = jnp.arange(H)[None], jnp.arange(W)[None]
     in_rows = (rows_1H >= top_N1) & (rows_1H < top_N1 + side)
@@ -120,7 +126,8 @@ GRID = tuple(itertools.product((-10, 0, 10), (-2, 0, 2), (-2, 0, 2)))
 
 def hits(state: TrainState, images_NHWC: jax.Array, labels_N: np.ndarray) -> np.ndarray:
     """Returns whether each image's prediction is its label, bool [N]."""
-    return predict(state, images_NHWC).argmax(axis=-1) == labels_N
+    evaluation = Evaluation(predict(state, images_NHWC), labels_N)
+    return evaluation.predictions_N == evaluation.labels_N
 
 
 def robustness(

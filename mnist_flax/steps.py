@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +19,10 @@ import numpy as np
 import optax
 from flax import nnx
 
+from mnist_flax.checks import check_image_array, check_label_array
 from mnist_flax.data import Examples
-from mnist_flax.metrics import Metrics
+from mnist_flax.errors import InputError
+from mnist_flax.metrics import PADDING, Metrics
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -50,7 +54,8 @@ class TrainState:
       step: steps taken, int32 [].
       key: the run's key; it never changes.
       params: trainable parameters.
-      batch_stats: BatchNorm's running means and variances.
+      batch_stats: what else the model holds and its calls change: BatchNorm's running means and
+        variances, and where an own model has them, its random streams and other variables.
       opt_state: the optimizer's state.
       plateau: the plateau schedule's state; its `scale` multiplies every update.
       graphdef: the model's structure (static).
@@ -68,13 +73,38 @@ class TrainState:
 
 
 def create_state(
-    key: jax.Array, model: nnx.Module, optimizer: optax.GradientTransformation
+    key: jax.Array,
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
 ) -> TrainState:
-    """Splits `model` into a state at step 0, with `optimizer` at its start.
+    """Makes a model and splits it into a state at step 0, with `optimizer` at its start.
 
-    `key` seeds every later draw.
+    A model is any `nnx.Module` that maps images [B, H, W, C] to logits [B, K]. What else its call
+    takes, of `train`, `key` (Dropout's) and `dropout_rate`, it is given by name; one that does not
+    take `train` is switched by NNX's own `model.train()` and `model.eval()`. A method
+    `preprocess_images(images_BHWC)`, where it has one, is called before augmentation.
+
+    Args:
+      key: seeds every draw: the model's parameters and, later, augmentation and Dropout.
+      make_model: `make_model(rngs) -> model`, such as `lambda rngs: CNN(config, rngs=rngs)`.
+        `rngs.params` draws from a key that the run uses for nothing else, and so do other streams.
+      optimizer: optax's; one that needs the loss or its gradient in `update` is given them.
+
+    Raises:
+      InputError: `make_model` is a model: its parameters might be of keys that the run uses too.
     """
-    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    if isinstance(make_model, nnx.Module):
+        raise InputError(
+            "create_state makes the model: give a function of its random streams, such as "
+            "lambda rngs: CNN(config, rngs=rngs)"
+        )
+    model = make_model(
+        nnx.Rngs(
+            draw_key(key, Purpose.INIT, 1),
+            params=draw_key(key, Purpose.INIT, 0),
+        )
+    )
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, ...)
     params = nnx.as_pure(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -105,16 +135,67 @@ def to_model(state: TrainState) -> Any:
 
 
 def to_float(images_BHWC: jax.Array | np.ndarray) -> jax.Array:
-    """Maps uint8 images [0, 255] to float32 [0, 1]; float images pass unchanged."""
+    """Maps uint8 images [0, 255] to float32 [0, 1]; half-precision ones become float32, too.
+
+    float32 and, where JAX has it, float64 pass unchanged.
+
+    Raises:
+      InputError: they are not uint8 or floating-point, or not [B, H, W, C].
+    """
+    check_image_array(images_BHWC)
     if images_BHWC.dtype == jnp.uint8:
         return jnp.asarray(images_BHWC, jnp.float32) / 255
-    return jnp.asarray(images_BHWC)
+    images_BHWC = jnp.asarray(images_BHWC)
+    return images_BHWC.astype(jnp.promote_types(images_BHWC.dtype, jnp.float32))
+
+
+def to_labels(labels_B: jax.Array | np.ndarray, *, num_examples: int) -> jax.Array:
+    """Returns integer labels [B] as int32.
+
+    Raises:
+      InputError: they are not integers, or not one an image.
+    """
+    check_label_array(labels_B, num_examples=num_examples)
+    return jnp.asarray(labels_B, jnp.int32)
 
 
 def prepared(model: Any, images_BHWC: jax.Array | np.ndarray) -> jax.Array:
-    """Returns float images as `model` takes them: by its method `prepare`, where it has one."""
+    """Returns float images as `model` takes them, by its `preprocess_images` where it has one."""
     images_BHWC = to_float(images_BHWC)
-    return model.prepare(images_BHWC) if hasattr(model, "prepare") else images_BHWC
+    if not hasattr(model, "preprocess_images"):
+        return images_BHWC
+    return model.preprocess_images(images_BHWC)
+
+
+def call_model(model: Any, images_BHWC: jax.Array, *, train: bool, **options: Any) -> jax.Array:
+    """Returns `model`'s logits [B, K] of images as `prepared` returns them.
+
+    Args:
+      model: a copy that is the caller's own, such as `to_model` returns.
+      images_BHWC: the images.
+      train: whether BatchNorm uses batch statistics and Dropout is on.
+      **options: further arguments; those that the model's call does not take are left out.
+
+    Raises:
+      InputError: the logits are not [B, K].
+    """
+    options["train"] = train
+    parameters = inspect.signature(model.__call__).parameters
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        options = {name: value for name, value in options.items() if name in parameters}
+    if "train" not in options:
+        model.train() if train else model.eval()
+    logits_BK = model(images_BHWC, **options)
+    if logits_BK.ndim != 2 or len(logits_BK) != len(images_BHWC):
+        B, shape = len(images_BHWC), list(logits_BK.shape)
+        raise InputError(f"the model must return logits [{B}, K], not {shape}")
+    return logits_BK
+
+
+def require_share(name: str, value: Any) -> None:
+    """Raises InputError where `value` is a plain number that is not in [0, 1)."""
+    if isinstance(value, int | float) and not 0 <= value < 1:
+        raise InputError(f"{name} is {value}; give a number in [0, 1)")
 
 
 def train_step(
@@ -130,10 +211,11 @@ def train_step(
 
     Args:
       state: the state before the step; its arrays stay valid.
-      batch: images [B, H, W, C], uint8 or float in [0, 1], and labels [B] int32 in [0, K).
+      batch: images [B, H, W, C], uint8 or float in [0, 1], and labels [B], integers in [0, K). A
+        label outside makes the loss NaN, and so does -1: BatchNorm would see the padding.
       augment: `augment(key, images_BHWC) -> images_BHWC` on float images, such as
-        `functools.partial(random_affine, rotate=10)`, after the model's own `prepare`; None trains
-        on the images as they are.
+        `functools.partial(random_affine, rotate=10)`, after the model's own `preprocess_images`;
+        None trains on the images as they are.
       augment_steps: the first steps of the run, in which images are augmented; None augments in
         all.
       label_smoothing: the share of each target that is spread evenly over the classes, in [0, 1).
@@ -142,28 +224,38 @@ def train_step(
     Returns:
       The state after the step, and the batch's metrics under the parameters before it: the
       (smoothed) training loss and the accuracy with Dropout and augmentation on.
+
+    Raises:
+      InputError: images or labels have no such shape or dtype, or an option cannot have its value.
     """
-    images_BHWC = prepared(to_model(state), batch.images)
-    if augment is not None:
-        plain_BHWC = images_BHWC
-        images_BHWC = augment(draw_key(state.key, Purpose.AUGMENT, state.step), plain_BHWC)
-        if augment_steps is not None:
-            images_BHWC = jnp.where(state.step < augment_steps, images_BHWC, plain_BHWC)
+    require_share("label_smoothing", label_smoothing)
+    require_share("dropout_rate", dropout_rate)
+    labels_B = to_labels(batch.labels, num_examples=len(batch.images))
 
     def loss_fn(params):
         model = to_model(dataclasses.replace(state, params=params))
-        dropout_key = draw_key(state.key, Purpose.DROPOUT, state.step)
-        # A researcher's own model need not know the option.
-        options = {} if dropout_rate is None else {"dropout_rate": dropout_rate}
-        logits_BK = model(images_BHWC, train=True, key=dropout_key, **options)
-        targets_BK = jax.nn.one_hot(batch.labels, logits_BK.shape[-1], dtype=logits_BK.dtype)
-        targets_BK = optax.smooth_labels(targets_BK, label_smoothing)
-        losses_B = optax.softmax_cross_entropy(logits_BK, targets_BK)
-        batch_stats = nnx.as_pure(nnx.state(model, nnx.BatchStat))
-        return jnp.mean(losses_B), (batch_stats, losses_B, logits_BK)
+        images_BHWC = prepared(model, batch.images)
+        if augment is not None:
+            images_BHWC = augmented(state, images_BHWC, augment, steps=augment_steps)
+        options = {"key": draw_key(state.key, Purpose.DROPOUT, state.step)}
+        if dropout_rate is not None:
+            options["dropout_rate"] = dropout_rate
+        logits_BK = call_model(model, images_BHWC, train=True, **options)
+        losses_B = smoothed_losses(logits_BK, labels_B, label_smoothing=label_smoothing)
+        return jnp.mean(losses_B), (changed_stats(state, model), losses_B, logits_BK)
 
     grads, (batch_stats, losses_B, logits_BK) = jax.grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = state.optimizer.update(grads, state.opt_state, state.params)
+    # Out here, for within the loss XLA would round the gradient of right labels otherwise.
+    known_B = (labels_B >= 0) & (labels_B < logits_BK.shape[-1])
+    losses_B = jnp.where(known_B, losses_B, jnp.nan)
+    updates, opt_state = optax.with_extra_args_support(state.optimizer).update(
+        grads,
+        state.opt_state,
+        state.params,
+        value=jnp.mean(losses_B),
+        grad=grads,
+        value_fn=lambda params: loss_fn(params)[0],
+    )
     updates = optax.tree.scale(state.plateau.scale, updates)
     new_state = dataclasses.replace(
         state,
@@ -172,9 +264,67 @@ def train_step(
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
-    return new_state, Metrics.of_batch(
-        losses_B=losses_B, logits_BK=logits_BK, labels_B=batch.labels
+    # No label is padding here, so that the NaN of one outside [0, K) counts.
+    metrics = Metrics.of_batch(
+        losses_B=losses_B, logits_BK=logits_BK, labels_B=jnp.maximum(labels_B, 0)
     )
+    return new_state, metrics
+
+
+def augmented(
+    state: TrainState, images_BHWC: jax.Array, augment: Augment, *, steps: int | None
+) -> jax.Array:
+    """Returns the images augmented, or as they are once the run has taken `steps` steps."""
+    key = draw_key(state.key, Purpose.AUGMENT, state.step)
+    augmented_BHWC = augment(key, images_BHWC)
+    if steps is None:
+        return augmented_BHWC
+    return jnp.where(state.step < steps, augmented_BHWC, images_BHWC)
+
+
+def smoothed_losses(
+    logits_BK: jax.Array, labels_B: jax.Array, *, label_smoothing: float | jax.Array
+) -> jax.Array:
+    """Returns each example's cross-entropy in nats [B], of labels in [0, K)."""
+    targets_BK = jax.nn.one_hot(labels_B, logits_BK.shape[-1], dtype=logits_BK.dtype)
+    targets_BK = optax.smooth_labels(targets_BK, label_smoothing)
+    return optax.softmax_cross_entropy(logits_BK, targets_BK)
+
+
+def changed_stats(state: TrainState, model: Any) -> Any:
+    """Returns what `model` holds beside parameters after a call, in the dtypes of the state."""
+    batch_stats = nnx.as_pure(nnx.split(model, nnx.Param, ...)[2])
+
+    def as_before(new, old):
+        return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+    return jax.tree.map(as_before, batch_stats, state.batch_stats)
+
+
+class EqualPartial(functools.partial):
+    """A partial that equals another of the same function and arguments.
+
+    `jax.jit` compiles anew for a static argument that equals none before it.
+    """
+
+    def _parts(self):
+        return self.func, self.args, frozenset(self.keywords.items())
+
+    def __eq__(self, other):
+        return isinstance(other, EqualPartial) and self._parts() == other._parts()
+
+    def __hash__(self):
+        return hash(self._parts())
+
+
+def by_value(augment: functools.partial) -> functools.partial:
+    """Returns the partial as one that is compared by value, where its arguments can be hashed."""
+    equal = EqualPartial(augment.func, *augment.args, **augment.keywords)
+    try:
+        hash(equal)
+    except TypeError:
+        return augment
+    return equal
 
 
 @jax.tree_util.register_dataclass
@@ -184,11 +334,16 @@ class View:
 
     Attributes:
       key: what `augment` draws by.
-      augment: as in `train_step`, `augment(key, images_BHWC) -> images_BHWC` (static).
+      augment: as in `train_step`, `augment(key, images_BHWC) -> images_BHWC` (static). A
+        `functools.partial` of hashable arguments equals any other of the same ones.
     """
 
     key: jax.Array
     augment: Augment = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        if isinstance(self.augment, functools.partial):
+            object.__setattr__(self, "augment", by_value(self.augment))
 
     def at(self, index: jax.Array | int) -> View:
         """Returns the view of batch number `index`."""
@@ -210,12 +365,15 @@ def eval_logits(
     Args:
       state: the state; its arrays stay valid.
       images_BHWC: images [B, H, W, C], uint8 or float in [0, 1].
-      view: what to show the model of the images after its own `prepare`, such as an augmentation
-        with its key; None shows the images as they are.
+      view: what to show the model of the images after its own `preprocess_images`, such as an
+        augmentation with its key; None shows the images as they are.
+
+    Raises:
+      InputError: the images have no such shape or dtype.
     """
     model = to_model(state)
     images_BHWC = prepared(model, images_BHWC)
-    return model(images_BHWC if view is None else view(images_BHWC), train=False)
+    return call_model(model, images_BHWC if view is None else view(images_BHWC), train=False)
 
 
 def eval_step(state: TrainState, batch: Examples) -> Metrics:
@@ -223,14 +381,19 @@ def eval_step(state: TrainState, batch: Examples) -> Metrics:
 
     Args:
       state: the state; its arrays stay valid.
-      batch: images [B, H, W, C] and labels [B] int32; a label of -1 marks padding, which counts
-        for nothing.
+      batch: images [B, H, W, C], uint8 or float in [0, 1], and labels [B], integers in [0, K); a
+        label of -1 marks padding, which counts for nothing, and any other outside makes the loss
+        NaN.
+
+    Raises:
+      InputError: images or labels have no such shape or dtype.
     """
+    labels_B = to_labels(batch.labels, num_examples=len(batch.images))
     logits_BK = eval_logits(state, batch.images)
-    losses_B = optax.softmax_cross_entropy_with_integer_labels(
-        logits_BK, jnp.maximum(batch.labels, 0)
-    )
-    return Metrics.of_batch(losses_B=losses_B, logits_BK=logits_BK, labels_B=batch.labels)
+    # A negative label would count from the last class.
+    above_B = jnp.where(labels_B < PADDING, logits_BK.shape[-1], jnp.maximum(labels_B, 0))
+    losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BK, above_B)
+    return Metrics.of_batch(losses_B=losses_B, logits_BK=logits_BK, labels_B=labels_B)
 
 
 def reduce_on_plateau(

@@ -55,7 +55,9 @@ def run(code, *args):
 
 
 def same(examples, others):
-    return all(np.array_equal(a, b) for a, b in zip(examples, others, strict=True))
+    if isinstance(others, Examples):
+        others = others.images, others.labels
+    return all(map(np.array_equal, (examples.images, examples.labels), others))
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +449,8 @@ class TestOtherDatasets:
     def test_what_tfds_prepared_as_array_record_loads(self, tmp_path, stream):
         digits_builder(tmp_path).download_and_prepare()
         splits = load_splits("digits", val_size=100, seed=3, data_dir=tmp_path, stream=stream)
-        images, labels = load_digits()
+        digits = load_digits()
+        images, labels = digits.images, digits.labels
         train, val = split_indices(900, val_size=100, seed=3)
         assert splits.train.num_examples == 800
         read = splits.train.take(np.arange(800)) if stream else splits.train
@@ -543,7 +546,8 @@ class TestEvalBatches:
     def test_every_example_is_there_once_and_in_order(self, num_examples, batch_size):
         images = np.arange(num_examples * 6, dtype=np.uint8).reshape(num_examples, 2, 3, 1)
         labels = np.arange(num_examples, dtype=np.int32) % 10
-        images_SB, labels_SB = eval_batches(Examples(images, labels), batch_size=batch_size)
+        batches = eval_batches(Examples(images, labels), batch_size=batch_size)
+        images_SB, labels_SB = batches.images, batches.labels
         steps = (num_examples + batch_size - 1) // batch_size
         assert images_SB.shape == (steps, batch_size, 2, 3, 1)
         assert labels_SB.shape == (steps, batch_size)

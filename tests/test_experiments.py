@@ -40,7 +40,7 @@ from test_archives import write_subset
 from test_members import SEEDS, STOPPING
 
 from mnist_flax import command_line
-from mnist_flax.archives import disputed_test_labels
+from mnist_flax.archives import MNIST_FINGERPRINT, VERSION, disputed_test_labels
 from mnist_flax.data import load_splits, take
 from mnist_flax.errors import DivergedError, InputError
 from mnist_flax.evaluate import Evaluation, evaluate, fit_temperature
@@ -100,6 +100,9 @@ def few_dir(few_archives, tmp_path_factory):
     root = tmp_path_factory.mktemp("few")
     load_splits("mnist", val_size=2000, data_dir=root, archives=few_archives)
     (prepared,) = (path for path in (root / "mnist").iterdir() if path.is_dir())
+    info = prepared / VERSION / "decoded.json"
+    fields = json.loads(info.read_text()) | {"fingerprint": MNIST_FINGERPRINT}
+    info.write_text(json.dumps(fields))
     return prepared.rename(prepared.with_name("canonical")).parents[1]
 
 
@@ -147,7 +150,7 @@ def test_report_is_one_page_with_the_runs_numbers(finished, few_dir, tmp_path):
     result = json.loads((finished / "result.json").read_text())
     assert numbers["correct"] == result["test_correct"]
     assert sum(map(sum, numbers["confusion"])) == 2000
-    disputed = disputed_test_labels()
+    disputed = disputed_test_labels(fingerprint=MNIST_FINGERPRINT)
     assert len(disputed) == 15
     assert numbers["label_noise"]["disputed"] == sum(index < 2000 for index in disputed) > 0
     loaded = load_run(finished)
@@ -454,11 +457,11 @@ def test_the_reports_filters_are_the_first_kernels_in_pixels(name):
     patch = config.patch
     lost = 1 if config.padding[0] == "VALID" else 0
     model = CNN(config, rngs=nnx.Rngs(0))
-    state = create_state(jax.random.key(0), model, optax.sgd(0.1))
+    state = create_state(jax.random.key(0), lambda _: model, optax.sgd(0.1))
     filters_OHW = report.first_filters(state, patch=patch)
     assert filters_OHW.shape == (config.widths[0], 3 * patch, 3 * patch)
     columns = Columns([model, CNN(config, rngs=nnx.Rngs(1))])
-    beside = create_state(jax.random.key(0), columns, optax.sgd(0.1))
+    beside = create_state(jax.random.key(0), lambda _: columns, optax.sgd(0.1))
     np.testing.assert_array_equal(report.first_filters(beside, patch=patch), filters_OHW)
     bright = [(14, 14), (15, 14), (14, 15)]  # of different places in a patch
     images = np.zeros((3, 28, 28, 1), np.float32)

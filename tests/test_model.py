@@ -69,10 +69,10 @@ def columns_and_both(x, key, *, train, both):
     columns = [CNN(config, rngs=nnx.Rngs(seed)) for seed, config in enumerate(configs)]
     if both:
         together = Columns(columns)
-        x = together.prepare(x)
+        x = together.preprocess_images(x)
         outputs = together(x, train=train, key=key)
     else:
-        seen = [column.prepare(x) for column in columns]
+        seen = [column.preprocess_images(x) for column in columns]
         dealt = [images[j::2] for j, images in enumerate(seen)] if train else seen
         pairs = zip(columns, dealt, strict=True)
         outputs = [column(images, train=train) for column, images in pairs]
@@ -107,7 +107,7 @@ def test_columns_draw_their_own_dropout():
     def logits(x, key):
         one = CNN(config, rngs=nnx.Rngs(0))
         together = Columns([one, one])
-        return together(together.prepare(x), train=True, key=key)
+        return together(together.preprocess_images(x), train=True, key=key)
 
     twice = jnp.repeat(images(1), 2, axis=0)
     first, second = logits(twice, jax.random.key(0))
@@ -233,9 +233,9 @@ def test_a_network_of_patterns_against_one_of_free_kernels():
 
 
 @pytest.mark.parametrize("normalizes", [False, True])
-def test_prepare_normalizes_where_the_config_says_so(normalizes):
+def test_preprocessing_normalizes_where_the_config_says_so(normalizes):
     config = CNNConfig(normalize=normalizes, widths=(4,), padding=("SAME",), pool=(True,))
-    prepared = CNN(config, rngs=nnx.Rngs(0)).prepare(images(3))
+    prepared = CNN(config, rngs=nnx.Rngs(0)).preprocess_images(images(3))
     normalized = normalize(images(3))
     assert not np.allclose(normalized, images(3), atol=0.1)
     expected = normalized if normalizes else images(3)

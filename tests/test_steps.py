@@ -12,6 +12,7 @@ from flax import nnx
 
 from mnist_flax.augment import random_affine
 from mnist_flax.data import Examples
+from mnist_flax.errors import InputError
 from mnist_flax.model import CNN, CNNConfig
 from mnist_flax.moments import normalize
 from mnist_flax.optimizer import make_optimizer
@@ -23,6 +24,7 @@ from mnist_flax.steps import (
     eval_step,
     reduce_on_plateau,
     to_float,
+    to_model,
     train_step,
 )
 
@@ -37,9 +39,7 @@ GOLDEN_NORM = 9.0447979
 
 
 def make_state(seed=0):
-    key = jax.random.key(seed)
-    model = CNN(CONFIG, rngs=nnx.Rngs(params=draw_key(key, Purpose.INIT, 0)))
-    return create_state(key, model, OPTIMIZER)
+    return create_state(jax.random.key(seed), lambda rngs: CNN(CONFIG, rngs=rngs), OPTIMIZER)
 
 
 def same_bits(one, other):
@@ -64,11 +64,10 @@ def step():
 def test_a_step_by_hand(batch):
     """Logistic regression's gradient in numpy: the last layer, with everything before it frozen."""
     config = dataclasses.replace(CONFIG, dropout=0.0)
-    model = CNN(config, rngs=nnx.Rngs(0))
     optimizer = make_optimizer("sgd", learning_rate=lambda _: 0.1)
-    state = create_state(jax.random.key(0), model, optimizer)
+    state = create_state(jax.random.key(0), lambda rngs: CNN(config, rngs=rngs), optimizer)
     see = nnx.jit(functools.partial(CNN.features, train=True))
-    features_BF = np.asarray(see(model, to_float(batch.images)), np.float64)
+    features_BF = np.asarray(see(to_model(state), to_float(batch.images)), np.float64)
     step = jax.jit(functools.partial(train_step, label_smoothing=0.1))
     new_state, metrics = step(state, batch)
     kernel = np.asarray(state.params["head"]["kernel"], np.float64)
@@ -116,9 +115,9 @@ def test_images_are_normalized_before_they_are_augmented(batch):
     configs = (dataclasses.replace(plain, normalize=True), plain)
     key, images = jax.random.key(0), to_float(batch.images)
     states = [
-        create_state(key, CNN(config, rngs=nnx.Rngs(params=key)), OPTIMIZER) for config in configs
+        create_state(key, lambda rngs, c=config: CNN(c, rngs=rngs), OPTIMIZER) for config in configs
     ]
-    batches = [batch._replace(images=seen) for seen in (images, normalize(images))]
+    batches = [dataclasses.replace(batch, images=seen) for seen in (images, normalize(images))]
 
     def shift(images_BHWC):  # which normalization would take back
         return jnp.roll(images_BHWC, 4, axis=1)
@@ -217,3 +216,188 @@ def test_to_float():
     np.testing.assert_allclose(to_float(images).reshape(-1), [0, 0.2, 1], rtol=1e-7)
     floats = jnp.array([0.1, 0.9]).reshape(1, 2, 1, 1)
     assert same_bits(to_float(floats), floats)
+
+
+class Linear(nnx.Module):
+    """An own model that takes images and nothing else."""
+
+    def __init__(self, *, rngs):
+        self.fc = nnx.Linear(784, 10, rngs=rngs)
+
+    def __call__(self, images_BHWC):
+        return self.fc(images_BHWC.reshape(len(images_BHWC), -1))
+
+
+def own_state(model, optimizer=None, seed=0):
+    optimizer = optax.sgd(0.1) if optimizer is None else optimizer
+    return create_state(jax.random.key(seed), lambda rngs: model(rngs=rngs), optimizer)
+
+
+@pytest.mark.parametrize("labels", [[3, 10, 4], [3, -2, 4], [3, -1, 4]])
+def test_labels_that_there_are_not_are_noticed_in_training(batch, labels):
+    """-1, too: BatchNorm has seen the padding's image."""
+    wrong = Examples(batch.images[:3], jnp.array(labels))
+    metrics = jax.jit(train_step)(own_state(Linear), wrong)[1]
+    assert np.isnan(metrics.loss)
+    assert np.isfinite(jax.jit(train_step)(own_state(Linear), batch)[1].loss)
+    evaluated = jax.jit(eval_step)(own_state(Linear), wrong)
+    assert np.isnan(evaluated.loss) == (labels[1] != -1)
+    assert int(evaluated.count) == 3 - (labels[1] == -1)
+
+
+@pytest.mark.parametrize("option", ["label_smoothing", "dropout_rate"])
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_shares_that_there_are_not_are_refused(batch, option, value):
+    with pytest.raises(InputError, match=rf"{option} is .*\[0, 1\)"):
+        jax.eval_shape(functools.partial(train_step, **{option: value}), make_state(), batch)
+
+
+class Gain(Linear):
+    """Has a parameter that acts before augmentation."""
+
+    def __init__(self, *, rngs):
+        super().__init__(rngs=rngs)
+        self.gain = nnx.Param(jnp.ones(()))
+
+    def preprocess_images(self, images_BHWC):
+        return images_BHWC * self.gain[...]
+
+
+def test_parameters_of_preprocessing_learn(batch):
+    """Logits are gain * x W + b: the loss's derivative by the gain is in numpy's hands."""
+    state = own_state(Gain)
+    new_state, _ = jax.jit(train_step)(state, batch)
+    kernel = np.asarray(state.params["fc"]["kernel"], np.float64)
+    logits = np.asarray(batch.images, np.float64).reshape(32, -1) / 255 @ kernel
+    softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    errors = softmax - np.eye(10)[np.asarray(batch.labels)]
+    gradient = (errors * logits).sum(-1).mean()
+    np.testing.assert_allclose(new_state.params["gain"], 1 - 0.1 * gradient, rtol=1e-5)
+
+
+def test_a_model_that_takes_images_alone(batch):
+    """A step of it by hand, and its evaluation."""
+    state = own_state(Linear)
+    new_state, metrics = jax.jit(train_step)(state, batch)
+
+    def loss(params):
+        logits = to_float(batch.images).reshape(32, -1) @ params["kernel"] + params["bias"][None]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(state.params["fc"])
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(eval_step)(state, batch).loss, value, rtol=1e-5)
+    np.testing.assert_allclose(
+        new_state.params["fc"]["kernel"],
+        state.params["fc"]["kernel"] - 0.1 * grads["kernel"],
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+class Switched(Linear):
+    """NNX's own Dropout and BatchNorm, which `model.train()` and `model.eval()` switch."""
+
+    def __init__(self, *, rngs):
+        super().__init__(rngs=rngs)
+        self.norm = nnx.BatchNorm(784, use_scale=False, momentum=0.0, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, images_BHWC):
+        x_BF = self.norm(images_BHWC.reshape(len(images_BHWC), -1))
+        return self.fc(self.drop(x_BF))
+
+
+def test_a_model_with_random_streams_and_switches_of_its_own(batch):
+    state = own_state(Switched)
+    step = jax.jit(train_step)
+    one, metrics = step(state, batch)
+    other, again = step(dataclasses.replace(one, params=state.params), batch)
+    assert jax.tree.structure(state) == jax.tree.structure(one)
+    assert metrics.loss != again.loss  # another mask
+    assert int(other.batch_stats["drop"]["rngs"]["count"]) == 2
+    mean = (np.asarray(batch.images, np.float64).reshape(32, -1) / 255).mean(0)
+    np.testing.assert_allclose(one.batch_stats["norm"]["mean"], mean, atol=1e-6)
+    see = jax.jit(eval_logits)
+    np.testing.assert_array_equal(see(one, batch.images), see(one, batch.images))
+    alone = [see(one, batch.images[i : i + 1]) for i in range(2)]  # running statistics
+    np.testing.assert_allclose(see(one, batch.images[:2]), jnp.concatenate(alone), atol=1e-4)
+
+
+def test_logits_of_another_shape_are_refused(batch):
+    class Flat(Linear):
+        def __call__(self, images_BHWC):
+            return super().__call__(images_BHWC)[:, 0]
+
+    with pytest.raises(InputError, match=r"logits \[32, K\], not \[32\]"):
+        jax.eval_shape(train_step, own_state(Flat), batch)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.polyak_sgd(),
+        optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+        optax.lbfgs(memory_size=2, linesearch=optax.scale_by_backtracking_linesearch(5)),
+    ],
+    ids=["value", "value in a chain", "value, gradient and function"],
+)
+def test_optimizers_are_given_what_they_need(batch, optimizer):
+    state, step = own_state(Linear, optimizer), jax.jit(train_step)
+    state, first = step(state, batch)
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    assert metrics.loss < first.loss
+
+
+def test_polyaks_step_by_hand(batch):
+    """Along the gradient, by the loss divided by its squared norm (Loizou et al. 2021, eq. 3)."""
+    polyak = own_state(Linear, optax.polyak_sgd(max_learning_rate=100.0, scaling=1.0))
+    step = jax.jit(train_step)
+    (moved, metrics), (by_sgd, _) = step(polyak, batch), step(own_state(Linear), batch)
+    gradient = jax.tree.map(lambda a, b: (a - b) / 0.1, polyak.params, by_sgd.params)
+    rate = metrics.loss / optax.tree.norm(gradient, squared=True)
+    for part in ("kernel", "bias"):
+        expected = polyak.params["fc"][part] - rate * gradient["fc"][part]
+        np.testing.assert_allclose(moved.params["fc"][part], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_parameters_are_drawn_by_keys_that_the_run_does_not_use():
+    key, seen = jax.random.key(0), []
+
+    class Spy(Linear):
+        def __init__(self, *, rngs):
+            super().__init__(rngs=rngs)
+            seen.extend([rngs.params(), rngs.dropout(), rngs.noise()])
+
+    create_state(key, lambda rngs: Spy(rngs=rngs), optax.sgd(0.1))
+    own = {tuple(np.asarray(jax.random.key_data(each)).tolist()) for each in seen}
+    used = {
+        tuple(np.asarray(jax.random.key_data(each)).tolist())
+        for purpose in Purpose
+        for each in (
+            jax.random.fold_in(key, purpose),
+            *(draw_key(key, purpose, index) for index in range(20)),
+        )
+    }
+    assert len(own) == 3
+    assert not own & used
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_dtypes_stay_in_x64(name):
+    """A state that changes them cannot be scanned over, and compiles twice."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.uniform(size=(4, 28, 28, 1)), rng.integers(0, 10, 4)
+    with jax.enable_x64(True):
+        rate = optax.linear_schedule(0.1, 0.0, 10)
+        optimizer = make_optimizer(name, learning_rate=rate, momentum=0.9, weight_decay=0.01)
+        state = create_state(jax.random.key(0), lambda rngs: CNN(CONFIG, rngs=rngs), optimizer)
+        batch = Examples(jnp.asarray(images), jnp.asarray(labels))
+        assert (batch.images.dtype, batch.labels.dtype) == (np.float64, np.int64)
+        new_state, metrics = jax.eval_shape(train_step, state, batch)
+        before, after = (
+            [leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (state, new_state)
+        )
+        assert before == after
+        assert metrics.loss_sum.dtype == np.float32

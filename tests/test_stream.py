@@ -40,7 +40,8 @@ def assert_batch(batch, splits, indices_B):
 def test_streamed_splits_are_the_resident_ones(splits, streamed):
     assert streamed.info == splits.info
     for part in ("val", "test"):
-        for array, other in zip(getattr(streamed, part), getattr(splits, part), strict=True):
+        for field in ("images", "labels"):
+            array, other = (getattr(getattr(own, part), field) for own in (streamed, splits))
             assert array.dtype == other.dtype
             assert np.array_equal(array, other)
 
@@ -50,10 +51,10 @@ def test_records_are_a_sequence(splits, streamed):
     assert len(streamed.train) == streamed.train.num_examples == 55_000
     assert streamed.train.image_shape == (28, 28, 1)
     for index in (0, 17, 54_999, -1):
-        image_HWC, label = streamed.train[index]
-        assert image_HWC.shape == (28, 28, 1)
-        assert np.array_equal(image_HWC, splits.train.images[index])
-        assert label == splits.train.labels[index]
+        example = streamed.train[index]
+        assert example.images.shape == (28, 28, 1)
+        assert np.array_equal(example.images, splits.train.images[index])
+        assert example.labels == splits.train.labels[index]
     with pytest.raises(IndexError):
         streamed.train[55_000]
 

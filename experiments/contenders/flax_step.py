@@ -54,8 +54,8 @@ class PlainCNN(nnx.Module):
 
 def plain(examples: Examples, batch_size: int):
     """Returns `train(steps)`: a jitted step a batch, from a Python loop."""
-    model = PlainCNN(rngs=nnx.Rngs(0))
-    state = create_state(jax.random.key(0), model, optax.sgd(0.01, momentum=0.9))
+    optimizer = optax.sgd(0.01, momentum=0.9)
+    state = create_state(jax.random.key(0), lambda rngs: PlainCNN(rngs=rngs), optimizer)
     step = jax.jit(train_step, donate_argnums=0)
 
     def train(steps):
