@@ -5,6 +5,7 @@ Both take images [B, H, W, C], float32 in [0, 1], of any batch size B, and retur
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -13,21 +14,16 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from mnist_flax import ops
 from mnist_flax.errors import InputError
-from mnist_flax.steps import TrainState, eval_logits
+from mnist_flax.ops import REFERENCE
+from mnist_flax.steps import TrainState, eval_logits, with_ops
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def inference(state: TrainState) -> Callable[[jax.Array], jax.Array]:
     """Returns `infer(images_BHWC) -> logits_BK`, of plain operations; parameters are constants."""
-
-    def infer(images_BHWC):
-        with ops.plain():
-            return eval_logits(state, images_BHWC)
-
-    return infer
+    return functools.partial(eval_logits, with_ops(state, REFERENCE))
 
 
 def to_stablehlo(state: TrainState, *, image_shape: tuple[int, int, int]) -> bytes:

@@ -34,7 +34,7 @@ from mnist_flax.data import (
 )
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.metrics import Metrics
-from mnist_flax.ops import BATCH_AXIS
+from mnist_flax.ops import BATCH_AXIS, for_platform
 from mnist_flax.recipes import (
     Recipe,
     differences,
@@ -174,7 +174,8 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh) -> None:
 
 def initial_state(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> TrainState:
     """Returns a run's state at step 0, on all of the mesh's devices; an epoch has `steps` steps."""
-    create = functools.partial(recipe_state, recipe, info, steps_per_epoch=steps)
+    ops = for_platform(mesh.devices.flat[0].platform)
+    create = functools.partial(recipe_state, recipe, info, steps_per_epoch=steps, ops=ops)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(create, out_shardings=everywhere, compiler_options=light_compilation())()
 

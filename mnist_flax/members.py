@@ -58,7 +58,7 @@ from mnist_flax.fit import (
     train_steps,
 )
 from mnist_flax.metrics import Metrics
-from mnist_flax.ops import BATCH_AXIS
+from mnist_flax.ops import BATCH_AXIS, for_platform
 from mnist_flax.recipes import (
     TRACEABLE,
     PlateauConfig,
@@ -251,8 +251,10 @@ def fresh_progress(
     by_member = NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))
     keys_M = jnp.stack([jax.random.key(recipe.seed) for recipe in recipes])
 
+    ops = for_platform(mesh.devices.flat[0].platform)
+
     def create(key, _):
-        return recipe_state(recipes[0], info, steps_per_epoch=steps, key=key)
+        return recipe_state(recipes[0], info, steps_per_epoch=steps, key=key, ops=ops)
 
     create_all = jax.jit(
         for_each_member(create, mesh=mesh),
