@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -16,21 +17,16 @@ import jax.export
 import jax.numpy as jnp
 from flax import nnx
 
-from mnist_flax import ops
 from mnist_flax.errors import InputError
-from mnist_flax.steps import TrainState, eval_logits, to_model
+from mnist_flax.ops import REFERENCE
+from mnist_flax.steps import TrainState, eval_logits, to_model, with_ops
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def inference(state: TrainState) -> Callable[[jax.Array], jax.Array]:
     """Returns `infer(images_BHWC) -> logits_BK`, of plain operations; parameters are constants."""
-
-    def infer(images_BHWC):
-        with ops.plain():
-            return eval_logits(state, images_BHWC)
-
-    return infer
+    return functools.partial(eval_logits, with_ops(state, REFERENCE))
 
 
 def in_float32(state: TrainState) -> TrainState:

@@ -35,7 +35,7 @@ from mnist_flax.data import (
 )
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.metrics import Metrics
-from mnist_flax.ops import BATCH_AXIS
+from mnist_flax.ops import BATCH_AXIS, for_platform
 from mnist_flax.recipes import (
     PlateauConfig,
     Recipe,
@@ -193,9 +193,10 @@ once = functools.lru_cache(maxsize=16)
 @once
 def state_program(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Callable:
     """Returns the compiled `recipe_state`, a function of the run's key."""
+    ops = for_platform(mesh.devices.flat[0].platform)
 
     def create(key):
-        return recipe_state(recipe, info, steps_per_epoch=steps, key=key)
+        return recipe_state(recipe, info, steps_per_epoch=steps, key=key, ops=ops)
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(create, out_shardings=everywhere, compiler_options=light_compilation())

@@ -63,7 +63,7 @@ from mnist_flax.fit import (
     train_steps,
 )
 from mnist_flax.metrics import Metrics
-from mnist_flax.ops import BATCH_AXIS
+from mnist_flax.ops import BATCH_AXIS, for_platform
 from mnist_flax.recipes import (
     TRACEABLE,
     PlateauConfig,
@@ -276,9 +276,10 @@ def fresh_progress(
 @once
 def states_program(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Callable:
     """Returns the compiled `recipe_state` of all members, a function of their keys."""
+    ops = for_platform(mesh.devices.flat[0].platform)
 
     def create(key, _):
-        return recipe_state(recipe, info, steps_per_epoch=steps, key=key)
+        return recipe_state(recipe, info, steps_per_epoch=steps, key=key, ops=ops)
 
     return jax.jit(
         for_each_member(create, mesh=mesh),

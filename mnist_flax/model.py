@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mnist_flax import ops
 from mnist_flax.checks import check_field_types, check_image_shape
 from mnist_flax.errors import InputError
 from mnist_flax.moments import normalize
+from mnist_flax.ops import NHWC, REFERENCE, Ops
 
 Padding = Literal["SAME", "VALID"]
 Precision = Literal["float32", "bfloat16"]
@@ -158,7 +158,7 @@ def space_to_depth(images_BHWC: jax.Array, *, patch: int) -> jax.Array:
 
 
 def relu_norm_pool(
-    norm: Any, inputs_BHWC: jax.Array, *, pool: bool, few_channels: bool, train: bool
+    norm: Any, inputs_BHWC: jax.Array, *, pool: bool, train: bool, ops: Ops
 ) -> jax.Array:
     """Applies ReLU, an `nnx.BatchNorm` and, where `pool`, 2x2 max-pooling.
 
@@ -167,7 +167,7 @@ def relu_norm_pool(
     window = 2 if pool else 1
     if not train:
         outputs_BHWC = norm(nnx.relu(inputs_BHWC), use_running_average=True)
-        return ops.max_pool(outputs_BHWC, window=window, few_channels=few_channels)
+        return ops.max_pool(outputs_BHWC, window=window)
     # In the inputs' type, so that their gradients come back in their own.
     bias_C = norm.bias[...].astype(inputs_BHWC.dtype)
     scale_C = jnp.ones_like(bias_C) if norm.scale is None else norm.scale[...].astype(bias_C.dtype)
@@ -177,7 +177,6 @@ def relu_norm_pool(
         bias_C,
         epsilon=norm.epsilon,
         window=window,
-        few_channels=few_channels,
     )
     # Apart from what comes before, so that XLA rounds them alike in every program.
     mean_C, var_C = jax.lax.optimization_barrier((mean_C, var_C))
@@ -258,6 +257,7 @@ class PatternConv(nnx.Module):
         self.kernel_size = kernel_size
         self.padding = padding
         self.dtype = dtype
+        self.ops = REFERENCE
 
     @property
     def kernel(self) -> jax.Array:
@@ -267,9 +267,7 @@ class PatternConv(nnx.Module):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Returns the convolution [B, H', W', O]."""
         x_BHWC, kernel_IJCO = as_computed(x_BHWC, self.kernel, dtype=self.dtype)
-        return ops.few_channels_conv(
-            x_BHWC, kernel_IJCO, (1, 1), self.padding, dimension_numbers=ops.NHWC
-        )
+        return self.ops.conv(x_BHWC, kernel_IJCO, (1, 1), self.padding, dimension_numbers=NHWC)
 
 
 class SeparableConv(nnx.Module):
@@ -298,6 +296,7 @@ class SeparableConv(nnx.Module):
         self.kernel_size = kernel_size
         self.padding = padding
         self.dtype = dtype
+        self.ops = REFERENCE
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Returns the convolution [B, H', W', O]."""
@@ -306,7 +305,7 @@ class SeparableConv(nnx.Module):
         x_BHWC, depth_IJC, point_CO = as_computed(
             x_BHWC, depth_IJC, self.point[...], dtype=self.dtype
         )
-        return ops.separable_conv(x_BHWC, depth_IJC, point_CO, padding=self.padding)
+        return self.ops.separable_conv(x_BHWC, depth_IJC, point_CO, padding=self.padding)
 
 
 def compute_dtype(config: CNNConfig) -> Any:
@@ -334,7 +333,6 @@ def make_conv(config: CNNConfig, index: int, n_in: int, *, rngs: nnx.Rngs) -> nn
         kernel_size=(size, size),
         use_bias=config.conv_bias,
         kernel_init=nnx.initializers.he_normal(),
-        conv_general_dilated=ops.few_channels_conv if config.separable else ops.conv,
         **options,
     )
 
@@ -343,6 +341,11 @@ class CNN(nnx.Module):
     """Convolution -> ReLU -> BatchNorm -> max-pool, a few times; dense; Dropout; classifier.
 
     Holds no random state: Dropout is handed a key a call.
+
+    Its operations are those of `ops`. The reference ones run anywhere and can be differentiated in
+    every way, forward mode (`jvp`, `jacfwd`, `hessian`) included. `ops.for_platform("cpu")` and
+    `ops.for_platform("gpu")` (of `mnist_flax.ops`) are faster there, on a CPU inside a loop by far,
+    and what `fit` trains with; they can be differentiated in reverse mode alone.
     """
 
     def __init__(
@@ -351,9 +354,12 @@ class CNN(nnx.Module):
         *,
         image_shape: tuple[int, int, int] = (28, 28, 1),
         num_classes: int = 10,
+        ops: Ops = REFERENCE,
         rngs: nnx.Rngs,
     ):
         """Draws the parameters from `rngs` for images of `image_shape` (H, W, C).
+
+        `ops` changes no parameter, only how the network is computed.
 
         Raises:
           InputError: the image is too small for the architecture, or no multiple of the patch.
@@ -393,6 +399,16 @@ class CNN(nnx.Module):
         )
         dtype = compute_dtype(config)
         self.head = nnx.Linear(sizes[-1], num_classes, dtype=dtype, rngs=rngs)
+        self.use(ops)
+
+    def use(self, ops: Ops) -> None:
+        """Computes with `ops` from now on."""
+        self.ops = (ops.few_channels or ops) if self.config.separable else ops
+        for conv in self.convs:
+            if isinstance(conv, nnx.Conv):
+                conv.conv_general_dilated = self.ops.conv
+            else:
+                conv.ops = self.ops
 
     def preprocess_images(self, images_BHWC: jax.Array) -> jax.Array:
         """Returns float images in [0, 1] as the network takes them, augmented or not.
@@ -404,7 +420,9 @@ class CNN(nnx.Module):
           InputError: they are not of the (H, W, C) that the network was made for.
         """
         check_image_shape(images_BHWC.shape, self.image_shape)
-        return ops.apart(normalize, images_BHWC) if self.config.normalize else images_BHWC
+        return (
+            self.ops.materialize(normalize, images_BHWC) if self.config.normalize else images_BHWC
+        )
 
     def features(self, images_BHWC: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the activations [B, F] that the classifier sees, before Dropout.
@@ -413,11 +431,10 @@ class CNN(nnx.Module):
           images_BHWC: images as `preprocess_images` returns them.
           train: normalise by the batch's own statistics and move the running ones towards them.
         """
-        few_channels = self.config.separable
         x = space_to_depth(images_BHWC, patch=self.config.patch)
         for conv, norm, pool in zip(self.convs, self.norms, self.config.pool, strict=True):
             x = at_least_float32(conv(x))
-            x = relu_norm_pool(norm, x, pool=pool, few_channels=few_channels, train=train)
+            x = relu_norm_pool(norm, x, pool=pool, train=train, ops=self.ops)
         x = x.mean((1, 2)) if self.config.head == "mean" else x.reshape(x.shape[0], -1)
         for dense in self.hidden:
             x = nnx.relu(at_least_float32(dense(x)))
@@ -463,6 +480,11 @@ class Columns(nnx.Module):
     def __init__(self, columns: Sequence[CNN]):
         """Puts networks of images of one shape side by side."""
         self.columns = nnx.List(columns)
+
+    def use(self, ops: Ops) -> None:
+        """Computes with `ops` from now on, as `CNN.use`."""
+        for column in self.columns:
+            column.use(ops)
 
     def preprocess_images(self, images_BHWC: jax.Array) -> jax.Array:
         """Returns float images in [0, 1] as each column takes them, side by side in channels."""

@@ -1,35 +1,40 @@
-"""Convolution, max-pooling and ReLU-BatchNorm-pooling in the forms that each backend runs fast.
+"""A network's operations as a value, in plain `lax` and in the forms that CPUs and GPUs run fast.
 
-    conv(lhs_BHWC, rhs_HWIO, strides, padding, ...)                 -> out_BHWO
-    few_channels_conv(lhs_BHWC, rhs_HWIO, strides, padding, ...)    -> out_BHWO
-    separable_conv(x_BHWC, depth_IJC, point_CO, *, padding)         -> out_BHWO
-    max_pool(x_BHWC, *, window)                                     -> y_BHWC
-    relu_norm_pool(x_BHWC, scale_C, bias_C, *, epsilon, window)     -> y_BHWC, mean_C, var_C
-    apart(function, images_BHWC)                                    -> function(images_BHWC)
+    Ops                                                 the operations; REFERENCE, CPU and GPU are some
+    for_platform(platform) -> Ops                       the fastest there
 
-On a TPU every function is plain `lax`; on a GPU all but the two that pool, for XLA scatters the
-gradient of max-pooling and has no form of that which sums in the same order each time. What is not
-plain has the same values, and a gradient written by hand, so it can be differentiated in reverse
-(any `jax.grad`) but not forward (`jvp`). The backend is asked for while tracing:
-`lax.platform_dependent` would put a branch, and the residuals of both its sides, into every
-differentiated program.
+    ops.conv(lhs_BHWC, rhs_HWIO, strides, padding, ...)                 -> out_BHWO
+    ops.separable_conv(x_BHWC, depth_IJC, point_CO, *, padding)         -> out_BHWO
+    ops.max_pool(x_BHWC, *, window)                                     -> y_BHWC
+    ops.relu_norm_pool(x_BHWC, scale_C, bias_C, *, epsilon, window)     -> y_BHWC, mean_C, var_C
+    ops.materialize(function, images_BHWC)                              -> function(images_BHWC)
 
-A batch sharded over the mesh axis "data" (`jax.set_mesh`) is worked on where it lies.
+`REFERENCE` is plain `lax` and `nnx`: it can be differentiated in every way, runs anywhere, and is
+what a TPU and an exported program get. `CPU` has all five in forms of its own, `GPU` the two that
+pool, for XLA scatters the gradient of max-pooling and has no form of that which sums in the same
+order each time. They have the same values, and gradients written by hand: reverse mode of any order
+(`jax.grad` of `jax.grad`), but no forward mode (`jvp`, `jacfwd`, `hessian`).
 
-Too few channels to fill a vector register are slow as the last axis. `few_channels` and
-`separable_conv` work in planes, [C, H, W, B], on the CPU. What they take and return is [B, H, W, C]
-all the same: XLA drops the transpositions between two of them.
+The choice is made outside of any trace, and travels with the model (`CNN(config, ops=...)`): a static
+part of its graph definition, so `jax.jit` keeps programs of different operations apart.
+
+A sharded batch is worked on where it lies: `_on_each_device` says how.
+
+Too few channels to fill a vector register are slow as the last axis. What `Ops.few_channels` holds
+works in planes, [C, H, W, B], on the CPU. What it takes and returns is [B, H, W, C] all the same:
+XLA drops the transpositions between two of them.
 
 Times are the best of many on two cores of a Zen 4 EPYC, jax 0.10.2, float32, one JAX device a core,
 for the convolution of 128 images of 26x26x32 to 24x24x64: `python experiments/operations.py` prints
 them.
 """
 
-import contextlib
-import contextvars
+from __future__ import annotations
+
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,10 +46,87 @@ from jax.sharding import PartitionSpec
 
 from mnist_flax import winograd
 
-BATCH_AXIS = "data"  # the mesh axis that a batch is sharded over
+BATCH_AXIS = "data"  # the mesh axis that `fit` shards a batch over
 NHWC = ("NHWC", "HWIO", "NHWC")
 MANY = 8  # channels, of input and output, from which Winograd's algorithm beats products of patches
 CHUNK_BYTES = 512 * 1024  # of a chunk's patches; with input and output, one core's L2
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """What a network computes with. Hashable; instances of the same functions are equal.
+
+    Attributes:
+      conv: `conv(lhs, rhs, window_strides, padding, ...)`, as `lax.conv_general_dilated` and for
+        `nnx.Conv`, which takes it as `conv_general_dilated`.
+      separable_conv: `separable_conv(x_BHWC, depth_IJC, point_CO, *, padding)` convolves each
+        channel by its own kernel, depth[i, j, c], then applies the matrix point[c, o] over channels;
+        padding is "SAME" or "VALID". Returns [B, H', W', O], in the inputs' dtype.
+      max_pool: `max_pool(x_BHWC, *, window)` returns the maximum of each `window` x `window` block,
+        [B, H // window, W // window, C]; what is left over is dropped. Among equal maxima the first
+        in row-major order receives the gradient.
+      relu_norm_pool: `relu_norm_pool(x_BHWC, scale_C, bias_C, *, epsilon, window=1)` is ReLU, then
+        BatchNorm by the statistics of this batch, then max-pooling. Returns the output, and the mean
+        [C] and the biased variance [C] of the ReLU's output over the whole (global) batch: what
+        running statistics follow. The scale may have any sign or be zero.
+      materialize: `materialize(function, images_BHWC)` returns `function(images_BHWC)`, of images
+        each by itself to as many, computed once however often its values are read.
+      few_channels: the operations for networks of few channels; None if they are the same.
+    """
+
+    conv: Callable[..., jax.Array]
+    separable_conv: Callable[..., jax.Array]
+    max_pool: Callable[..., jax.Array]
+    relu_norm_pool: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    materialize: Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
+    few_channels: Ops | None = None
+
+
+def for_platform(platform: str) -> Ops:
+    """Returns the operations that are fastest on a device of `platform` (`jax.Device.platform`)."""
+    return {"cpu": CPU, "gpu": GPU, "cuda": GPU, "rocm": GPU}.get(platform, REFERENCE)
+
+
+# The reference: plain `lax` and `nnx`
+
+
+def _reference_separable_conv(
+    x_BHWC, depth_IJC, point_CO, *, padding, conv=lax.conv_general_dilated
+):
+    """With nothing between the two convolutions they are one."""
+    kernel_IJCO = jnp.einsum("ijc,co->ijco", depth_IJC, point_CO)
+    return conv(x_BHWC, kernel_IJCO, (1, 1), padding, dimension_numbers=NHWC)
+
+
+def _reference_max_pool(x_BHWC, *, window):
+    if window == 1:
+        return x_BHWC
+    return nnx.max_pool(x_BHWC, window_shape=(window, window), strides=(window, window))
+
+
+def _reference_relu_norm_pool(x_BHWC, scale_C, bias_C, *, epsilon, window=1):
+    relu = nnx.relu(x_BHWC)
+    wide = functools.partial(_widened, axis=3)
+    mean_C, var_C = _moments(relu, 3)
+    slope_C = scale_C * lax.rsqrt(var_C + epsilon)
+    y_BHWC = (relu - wide(mean_C)) * wide(slope_C) + wide(bias_C)
+    return _reference_max_pool(y_BHWC, window=window), mean_C, var_C
+
+
+def _call(function, images_BHWC):
+    return function(images_BHWC)
+
+
+REFERENCE = Ops(
+    conv=lax.conv_general_dilated,
+    separable_conv=_reference_separable_conv,
+    max_pool=_reference_max_pool,
+    relu_norm_pool=_reference_relu_norm_pool,
+    materialize=_call,
+)
+
+
+# The CPU's and the GPU's
 
 
 def conv(
@@ -63,10 +145,9 @@ def conv(
     *,
     few_channels: bool = False,
 ) -> jax.Array:
-    """Convolves as `lax.conv_general_dilated` does, with its arguments.
+    """Convolves on the CPU as `lax.conv_general_dilated` does, with its arguments.
 
-    Give it to `nnx.Conv` as `conv_general_dilated`. Fast is a stride-1 convolution of one group
-    in NHWC/HWIO order on the CPU; anything else is handed to `lax`.
+    Fast is a stride-1 convolution of one group in NHWC/HWIO order; anything else is handed to `lax`.
 
     - Square kernels of 2 to 5 pixels and at least 8 channels of input and output: by Winograd's
       algorithm (`winograd.py`; forward 11 ms, both gradients 16; `lax` 42 and 65). In float32 its
@@ -97,8 +178,7 @@ def conv(
     same_type = lhs.dtype == rhs.dtype and preferred_element_type in (None, lhs.dtype)
     known = lhs.dtype in (jnp.bfloat16, jnp.float32, jnp.float64)
     if not (
-        _on_cpu()
-        and lhs.ndim == 4
+        lhs.ndim == 4
         and unit
         and single
         and same_type
@@ -125,50 +205,32 @@ few_channels_conv = functools.partial(conv, few_channels=True)
 def separable_conv(
     x_BHWC: jax.Array, depth_IJC: jax.Array, point_CO: jax.Array, *, padding: str
 ) -> jax.Array:
-    """Convolves each channel by its own kernel, then applies a matrix over channels.
+    """Convolves on the CPU as `Ops.separable_conv` does.
 
-    With nothing between the two they are one, by the kernel depth[i, j, c] * point[c, o], which is
-    what `lax` is given on accelerators. On the CPU it is a sum of shifted planes, a channel at a
-    time, and one matrix product; the gradient of a channel's kernel is again a channel at a time
-    (64 images of 14x14x10 to 14 channels, forward and gradients: 0.9 ms; `lax` 1.4, and many times
-    that inside a loop).
-
-    Args:
-      x_BHWC: [B, H, W, C].
-      depth_IJC: a kernel for each channel.
-      point_CO: the matrix.
-      padding: "SAME" or "VALID".
-
-    Returns:
-      [B, H', W', O], in the inputs' dtype.
+    It is a sum of shifted planes, a channel at a time, and one matrix product; the gradient of
+    a channel's kernel is again a channel at a time (64 images of 14x14x10 to 14 channels, forward
+    and gradients: 0.9 ms; `lax` 1.4, and many times that inside a loop). bfloat16 is convolved by
+    the kernel depth[i, j, c] * point[c, o].
     """
-    if not (_on_cpu() and jnp.finfo(x_BHWC.dtype).bits >= 32 and x_BHWC.size):
-        kernel_IJCO = jnp.einsum("ijc,co->ijco", depth_IJC, point_CO)
-        return conv(x_BHWC, kernel_IJCO, (1, 1), padding, dimension_numbers=NHWC)
+    if jnp.finfo(x_BHWC.dtype).bits < 32 or not x_BHWC.size:
+        return _reference_separable_conv(x_BHWC, depth_IJC, point_CO, padding=padding, conv=conv)
     pads = lax.padtype_to_pads(x_BHWC.shape[1:3], depth_IJC.shape[:2], (1, 1), padding)
     return _separable_conv(x_BHWC, depth_IJC, point_CO, tuple(pads))
 
 
 def max_pool(x_BHWC: jax.Array, *, window: int, few_channels: bool = False) -> jax.Array:
-    """Returns the maximum of each `window` x `window` block; what is left over is dropped.
-
-    Among equal maxima the first in row-major order receives the gradient, on every backend.
+    """Pools as `Ops.max_pool` does, and records where each maximum lies, as a byte.
 
     Args:
       x_BHWC: [B, H, W, C], floating point.
       window: side of the blocks; 1 is no pooling.
-      few_channels: whether to work in planes on the CPU.
-
-    Returns:
-      [B, H // window, W // window, C].
+      few_channels: whether to work in planes.
     """
     if window == 1:
         return x_BHWC
-    if _on_cpu() and few_channels:
+    if few_channels:
         return _in_planes(lambda x_CHWB: _max_pool(x_CHWB, window, x_BHWC.shape[1:3]), x_BHWC)
-    if _pools_by_hand():
-        return _max_pool(x_BHWC, window, x_BHWC.shape[1:3])
-    return _reduce_max(x_BHWC, window)
+    return _max_pool(x_BHWC, window, x_BHWC.shape[1:3])
 
 
 def relu_norm_pool(
@@ -180,11 +242,11 @@ def relu_norm_pool(
     window: int = 1,
     few_channels: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """ReLU, then BatchNorm by the statistics of this batch, then max-pooling, in one.
+    """ReLU, BatchNorm and max-pooling as `Ops.relu_norm_pool`, with one pass for the gradient.
 
-    The gradient needs one pass over the input: where a window's maximum lies was recorded, as
-    a byte, and ReLU, BatchNorm and pooling are undone together. Autodiff of the three takes
-    several passes; a step of the three-convolution network takes 12% longer with it.
+    Where a window's maximum lies was recorded, as a byte, and ReLU, BatchNorm and pooling are
+    undone together. Autodiff of the three takes several passes; a step of the three-convolution
+    network takes 12% longer with it.
 
     BatchNorm keeps the order of a channel's values or, where its scale is negative, turns it
     around, so the pooling is done first, on a quarter of the work for a window of 2.
@@ -195,38 +257,25 @@ def relu_norm_pool(
       bias_C: BatchNorm's bias.
       epsilon: added to the variance.
       window: side of the pooling window; 1 is no pooling.
-      few_channels: whether to work in planes on the CPU.
-
-    Returns:
-      The output [B, H // window, W // window, C], and the mean [C] and the biased variance [C] of
-      the ReLU's output over the whole (global) batch: what running statistics follow.
+      few_channels: whether to work in planes.
     """
-    if _on_cpu() and few_channels:
+    if few_channels:
         out: Any = _relu_norm_pool(_swapped(x_BHWC), scale_C, bias_C, epsilon, window, 0)
         return _swapped(out[0]), *out[1:]
-    if _pools_by_hand():
-        return _relu_norm_pool(x_BHWC, scale_C, bias_C, epsilon, window, 3)
-    relu = nnx.relu(x_BHWC)  # whose slope at 0 is 0; that of jnp.maximum is 0.5
-    wide = functools.partial(_widened, axis=3)
-    mean_C, var_C = _moments(relu, 3)
-    slope_C = scale_C * lax.rsqrt(var_C + epsilon)
-    y_BHWC = (relu - wide(mean_C)) * wide(slope_C) + wide(bias_C)
-    return _reduce_max(y_BHWC, window), mean_C, var_C
+    return _relu_norm_pool(x_BHWC, scale_C, bias_C, epsilon, window, 3)
 
 
-def apart(function: Callable[[jax.Array], jax.Array], images_BHWC: jax.Array) -> jax.Array:
-    """Returns `function(images_BHWC)`, computed once, however often its values are read.
+def materialize(function: Callable[[jax.Array], jax.Array], images_BHWC: jax.Array) -> jax.Array:
+    """Returns `function(images_BHWC)`, computed once, as `Ops.materialize` does on the CPU.
 
-    On the CPU XLA computes anew, for each read, what no loop or matrix product keeps apart, and
-    heeds no `lax.optimization_barrier` (256 images resampled twice: 12 ms; in this loop over
-    chunks of the batch 1.8).
+    There XLA computes anew, for each read, what no loop or matrix product keeps apart, and heeds no
+    `lax.optimization_barrier` (256 images resampled twice: 12 ms; in this loop over chunks of the
+    batch 1.8).
 
     Args:
       function: of images [b, H, W, C], each by itself, to as many.
       images_BHWC: the images.
     """
-    if not _on_cpu():
-        return function(images_BHWC)
 
     def of_chunks(x_BHWC):
         row_bytes = math.prod(x_BHWC.shape[1:]) * x_BHWC.dtype.itemsize
@@ -237,25 +286,21 @@ def apart(function: Callable[[jax.Array], jax.Array], images_BHWC: jax.Array) ->
     return _on_each_device(of_chunks, (images_BHWC,))
 
 
-_PLAIN = contextvars.ContextVar("plain", default=False)
-
-
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """Within it every function is traced as plain `lax`, on the CPU too: for exported programs."""
-    token = _PLAIN.set(True)
-    try:
-        yield
-    finally:
-        _PLAIN.reset(token)
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu" and not _PLAIN.get()
-
-
-def _pools_by_hand() -> bool:
-    return jax.default_backend() in ("cpu", "gpu") and not _PLAIN.get()
+CPU = Ops(
+    conv=conv,
+    separable_conv=separable_conv,
+    max_pool=max_pool,
+    relu_norm_pool=relu_norm_pool,
+    materialize=materialize,
+    few_channels=Ops(
+        conv=few_channels_conv,
+        separable_conv=separable_conv,
+        max_pool=functools.partial(max_pool, few_channels=True),
+        relu_norm_pool=functools.partial(relu_norm_pool, few_channels=True),
+        materialize=materialize,
+    ),
+)
+GPU = dataclasses.replace(REFERENCE, max_pool=max_pool, relu_norm_pool=relu_norm_pool)
 
 
 # Convolution
@@ -410,10 +455,6 @@ def _complement(padding, size):
 
 
 # Pooling
-
-
-def _reduce_max(x_BHWC, window):
-    return nnx.max_pool(x_BHWC, window_shape=(window, window), strides=(window, window))
 
 
 def _pool(x_BHWC, window):

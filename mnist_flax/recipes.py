@@ -19,6 +19,7 @@ from mnist_flax.checks import check_field_types
 from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import InputError
 from mnist_flax.model import CNN, CNNConfig, Columns
+from mnist_flax.ops import REFERENCE, Ops
 from mnist_flax.optimizer import OptimizerName, ScheduleName, make_optimizer, make_schedule
 from mnist_flax.steps import Augment, Purpose, TrainState, View, create_state, draw_key
 
@@ -456,7 +457,12 @@ def _new_optimizer(
 
 
 def recipe_state(
-    recipe: Recipe, info: DatasetInfo, *, steps_per_epoch: int, key: jax.Array | None = None
+    recipe: Recipe,
+    info: DatasetInfo,
+    *,
+    steps_per_epoch: int,
+    key: jax.Array | None = None,
+    ops: Ops = REFERENCE,
 ) -> TrainState:
     """Returns the state at step 0. Traceable: it can be jitted, or shaped by `jax.eval_shape`.
 
@@ -465,13 +471,14 @@ def recipe_state(
       info: the dataset that it trains on.
       steps_per_epoch: steps in an epoch.
       key: the run's key; None takes that of the recipe's seed.
+      ops: what its networks compute with: `ops.for_platform` of the devices that will.
     """
     key = jax.random.key(recipe.seed) if key is None else key
 
     def make_model(rngs: nnx.Rngs) -> nnx.Module:
+        size = {"image_shape": info.image_shape, "num_classes": info.num_classes}
         networks = [
-            CNN(config, image_shape=info.image_shape, num_classes=info.num_classes, rngs=rngs)
-            for config in (recipe.model, *recipe.columns)
+            CNN(config, **size, ops=ops, rngs=rngs) for config in (recipe.model, *recipe.columns)
         ]
         return Columns(networks) if recipe.columns else networks[0]
 

@@ -23,6 +23,7 @@ from mnist_flax.checks import check_image_array, check_label_array
 from mnist_flax.data import Examples
 from mnist_flax.errors import InputError
 from mnist_flax.metrics import PADDING, Metrics
+from mnist_flax.ops import Ops
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -132,6 +133,18 @@ def without_optimizer(state: TrainState) -> TrainState:
 def to_model(state: TrainState) -> Any:
     """Returns the model with copies of the state's parameters and statistics."""
     return nnx.merge(state.graphdef, state.params, state.batch_stats, copy=True)
+
+
+def with_ops(state: TrainState, ops: Ops) -> TrainState:
+    """Returns the state with every network in its model that has a method `use` computing by `ops`.
+
+    With `mnist_flax.ops.REFERENCE` a trained state can be differentiated in forward mode.
+    """
+    model = to_model(state)
+    for _, node in nnx.iter_graph(model):
+        if hasattr(node, "use"):
+            node.use(ops)
+    return dataclasses.replace(state, graphdef=nnx.graphdef(model))
 
 
 def to_float(images_BHWC: jax.Array | np.ndarray) -> jax.Array:
