@@ -193,13 +193,13 @@ once = functools.lru_cache(maxsize=16)
 @once
 def state_program(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Callable:
     """Returns the compiled `recipe_state`, a function of the run's key."""
-    ops = for_platform(mesh.devices.flat[0].platform)
+    ops = for_platform(platform_of(mesh))
 
     def create(key):
         return recipe_state(recipe, info, steps_per_epoch=steps, key=key, ops=ops)
 
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(create, out_shardings=everywhere, compiler_options=light_compilation())
+    return jax.jit(create, out_shardings=everywhere, compiler_options=light_compilation(mesh))
 
 
 @once
@@ -302,13 +302,18 @@ def check_start(
         )
 
 
-def light_compilation() -> dict[str, int] | None:
+def platform_of(mesh: Mesh) -> str:
+    """Returns what the mesh's devices are: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
+def light_compilation(mesh: Mesh) -> dict[str, int] | None:
     """Returns `jax.jit`'s compiler options for a program that draws many numbers and runs once.
 
     At LLVM's highest level the CPU's random numbers take six times as long to compile as at the
     first, 3.6 s for the parameters of `quick`, and have the same bits.
     """
-    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return {"xla_backend_optimization_level": 1} if platform_of(mesh) == "cpu" else None
 
 
 def zero_metrics(mesh: Mesh) -> Metrics:

@@ -55,6 +55,7 @@ from mnist_flax.fit import (
     no_seconds,
     once,
     place,
+    platform_of,
     require_workdir,
     resident_feed,
     sharded_batches,
@@ -222,7 +223,7 @@ def for_each_member(
       loop: whether a device takes its members one after another instead of under `jax.vmap`; None
         does what is faster there.
     """
-    one_by_one = jax.default_backend() == "cpu" if loop is None else loop
+    one_by_one = platform_of(mesh) == "cpu" if loop is None else loop
 
     def on_each_device(members, shared):
         if one_by_one:
@@ -276,7 +277,7 @@ def fresh_progress(
 @once
 def states_program(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Callable:
     """Returns the compiled `recipe_state` of all members, a function of their keys."""
-    ops = for_platform(mesh.devices.flat[0].platform)
+    ops = for_platform(platform_of(mesh))
 
     def create(key, _):
         return recipe_state(recipe, info, steps_per_epoch=steps, key=key, ops=ops)
@@ -284,7 +285,7 @@ def states_program(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh)
     return jax.jit(
         for_each_member(create, mesh=mesh),
         out_shardings=NamedSharding(mesh, PartitionSpec(MEMBER_AXIS)),
-        compiler_options=light_compilation(),
+        compiler_options=light_compilation(mesh),
     )
 
 
