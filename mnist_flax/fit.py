@@ -278,10 +278,7 @@ def check_start(
         far are others than `start_metrics`, or is not that of its optimizer: it was trained with
         another batch size, or on other data.
     """
-    anew = (
-        "to train on from its parameters, put its params and batch_stats into a state of "
-        "recipe_state's"
-    )
+    anew = "to train anew from its parameters, give a recipe_state with its params and batch_stats"
     step, total = int(start.step), recipe.epochs * steps
     if step >= total:
         raise InputError(

@@ -261,12 +261,9 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     """Rebuilds a recipe from `to_dict`'s result.
 
     Raises:
-      InputError: a field is unknown or impossible.
+      InputError: a field is unknown or impossible, or of another type.
     """
-    try:
-        return _build(Recipe, values)
-    except TypeError as error:
-        raise InputError(f"the recipe holds a value of the wrong type: {error}") from error
+    return _build(Recipe, values)
 
 
 # Fields that recipes of earlier versions lack, and what those did.
@@ -327,7 +324,7 @@ def _build(cls: type, values: Any) -> Any:
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             value = _build(hints[name], value)
-        elif hints[name] == tuple[CNNConfig, ...]:
+        elif hints[name] == tuple[CNNConfig, ...] and isinstance(value, list):
             value = [_build(CNNConfig, entry) for entry in value]
         fields[name] = tuple(value) if isinstance(value, list) else value
     return cls(**fields)

@@ -63,10 +63,10 @@ def blur(images_NHWC: jax.Array, sigma: float) -> jax.Array:
     return jnp.asarray(ndimage.gaussian_filter(np.asarray(images_NHWC), sigmas, mode="constant"))
 
 
-def occlude(images_NHWC: jax.Array, side: int) -> jax.Array:
-    """Blackens a square of this side, in pixels, within the image without a margin of a seventh.
+def occlude(images_NHWC: jax.Array, side: float) -> jax.Array:
+    """Blackens a square of `side` whole pixels, but in a margin of a seventh of the image.
 
-    Of a 28 x 28 image that is the middle 20 x 20, where the digit is. A larger square has the
+    Without it a 28 x 28 image is the middle 20 x 20, where the digit is. A larger square has the
     image's centre.
     """
     N, H, W, _ = images_NHWC.shape

@@ -250,7 +250,7 @@ def train_step(
         images_BHWC = prepared(model, batch.images)
         if augment is not None:
             images_BHWC = augmented(state, images_BHWC, augment, steps=augment_steps)
-        options = {"key": draw_key(state.key, Purpose.DROPOUT, state.step)}
+        options: dict[str, Any] = {"key": draw_key(state.key, Purpose.DROPOUT, state.step)}
         if dropout_rate is not None:
             options["dropout_rate"] = dropout_rate
         logits_BK = call_model(model, images_BHWC, train=True, **options)

@@ -19,12 +19,15 @@ from hypothesis import strategies as st
 from mnist_flax.archives import (
     BUNDLED,
     FILE_NAMES,
+    MNIST_FINGERPRINT,
     dataset_dir,
+    disputed_test_labels,
     find_archives,
     prepare,
     read_examples,
     read_idx,
 )
+from mnist_flax.data import load_splits
 from mnist_flax.errors import InputError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -280,3 +283,15 @@ def test_reads_fashion_mnist_as_debian_packages_it():
     images_NHW, labels_N = read_examples(files.test_images, files.test_labels)
     assert images_NHW.shape == (10_000, 28, 28)
     np.testing.assert_array_equal(np.bincount(labels_N), [1000] * 10)
+
+
+def test_the_audit_of_labels_is_mnists_own(splits, tmp_path):
+    """By what the data is, not by a name that other archives go by, too."""
+    assert splits.info.fingerprint == MNIST_FINGERPRINT
+    disputed = disputed_test_labels(fingerprint=MNIST_FINGERPRINT)
+    assert len(disputed) == 15
+    assert 2597 in disputed  # a "5" that four of five called a 3, and nobody a 5
+    other = write_subset(tmp_path / "other", num_train=20, num_test=10)
+    own = load_splits("mnist", val_size=5, data_dir=tmp_path, archives=other)
+    assert own.info.name == "mnist"
+    assert disputed_test_labels(fingerprint=own.info.fingerprint) == []

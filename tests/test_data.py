@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -558,6 +559,14 @@ class TestEvalBatches:
         assert not images_SB.reshape(-1, 2, 3, 1)[~real].any()
         assert set(labels_SB.ravel()[~real]) <= {-1}
 
+    @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint32, np.int64])
+    def test_padding_is_told_from_labels_of_any_type(self, dtype):
+        """In uint8 -1 would be 255."""
+        examples = Examples(np.ones((5, 2, 3, 1), np.uint8), np.array([4, 0, 1, 2, 3], dtype))
+        labels_SB = eval_batches(examples, batch_size=4).labels
+        assert labels_SB.dtype == np.int32
+        assert labels_SB.tolist() == [[4, 0, 1, 2], [3, -1, -1, -1]]
+
     def test_no_batch_is_refused(self, subset):
         assert "batch_size" in refusal(eval_batches, subset.test, batch_size=0)
 
@@ -566,3 +575,25 @@ def test_examples_are_a_pytree(subset):
     doubled = jax.tree.map(lambda array: np.concatenate([array, array]), subset.test)
     assert isinstance(doubled, Examples)
     assert doubled.num_examples == 200
+
+
+def test_examples_are_a_sequence_of_examples():
+    images = np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1)
+    examples = Examples(images, np.array([7, 8, 9], np.int32))
+    assert len(examples) == examples.num_examples == 3
+    assert same(examples[1:], (images[1:], [8, 9]))
+    assert same(examples[np.array([2, 0])], (images[[2, 0]], [9, 7]))
+    assert same(examples[np.array([True, False, True])], (images[[0, 2]], [7, 9]))
+    assert same(examples[-1], (images[2], 9))
+    on_device = jax.tree.map(jnp.asarray, examples)
+    for sequence in (examples, on_device):  # JAX's arrays end at no index
+        assert [int(example.labels) for example in sequence] == [7, 8, 9]
+    halved = jax.jit(lambda examples: examples[:2])(on_device)
+    assert same(halved, (images[:2], [7, 8]))
+
+
+def test_5000_examples_are_held_out_by_default(splits, data_dir):
+    own = load_splits("mnist", data_dir=data_dir)
+    assert same(own.val, splits.val)
+    assert same(own.train[:100], splits.train[:100])
+    assert len(own.train) == 55_000

@@ -1,23 +1,33 @@
 """Metrics against scikit-learn, scipy and hand-computed values."""
 
+import functools
 import math
 
 import hypothesis.strategies as st
+import jax
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 from sklearn import metrics
 
+from mnist_flax.augment import random_affine
+from mnist_flax.errors import InputError
 from mnist_flax.evaluate import (
     Evaluation,
+    _whole_logits,
     fit_temperature,
     mixture,
+    padded_size,
+    predict,
     reliability,
     risk_coverage,
     wilson_interval,
 )
+from mnist_flax.steps import View, create_state
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +126,67 @@ def test_risk_coverage_of_hand_computed_values():
     assert_allclose(result.coverage, [0.25, 0.5, 0.75, 1])
     assert_allclose(result.risk, [0, 0, 1 / 3, 1 / 4])
     assert result.error_free == 0.5
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ([0, 4], r"\[0, 4\), but there is a 4"),
+        ([-1, 0], r"\[0, 4\), but there is a -1"),
+        ([[0], [1]], r"labels\[:, 0\]"),
+        ([0.0, 1.0], "not float"),
+        ([0], "one an image"),
+    ],
+)
+def test_labels_that_do_not_fit_the_logits_are_refused(labels, found):
+    """A column would be compared with every prediction."""
+    with pytest.raises(InputError, match=found):
+        Evaluation(np.zeros((2, 4), np.float32), np.array(labels))
+
+
+def test_sizes_of_batches_are_few():
+    sizes = [padded_size(N) for N in range(1, 1200)]
+    assert all(size >= min(N, 500) for N, size in enumerate(sizes, start=1))
+    assert set(sizes) == {1, 2, 4, 8, 16, 32, 64, 128, 256, 500}
+
+
+class Linear(nnx.Module):
+    def __init__(self, *, rngs):
+        self.fc = nnx.Linear(784, 3, rngs=rngs)
+
+    def __call__(self, images_BHWC):
+        return self.fc(images_BHWC.reshape(len(images_BHWC), -1))
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return create_state(jax.random.key(0), lambda rngs: Linear(rngs=rngs), optax.sgd(0.1))
+
+
+def test_programs_are_compiled_for_few_sizes_and_give_each_image_its_logits(linear):
+    images = np.random.default_rng(0).uniform(size=(40, 28, 28, 1)).astype(np.float32)
+    kernel = np.asarray(linear.params["fc"]["kernel"], np.float64)
+    expected = images.reshape(40, -1) @ kernel
+    before = _whole_logits._cache_size()
+    for N in range(17, 33):
+        logits = predict(linear, images[:N])
+        assert_allclose(logits, expected[:N], atol=1e-5)
+    assert _whole_logits._cache_size() == before + 1
+
+
+def test_a_view_of_equal_ranges_is_compiled_once(linear):
+    images = np.zeros((4, 28, 28, 1), np.float32)
+    before = _whole_logits._cache_size()
+    for ranges in ({"rotate": 10.0, "shift": 0.1}, {"shift": 0.1, "rotate": 10.0}):
+        augment = functools.partial(random_affine, **ranges)
+        predict(linear, images, view=View(jax.random.key(0), augment))
+    assert _whole_logits._cache_size() == before + 1
+    other = View(jax.random.key(0), functools.partial(random_affine, rotate=11.0, shift=0.1))
+    predict(linear, images, view=other)
+    assert _whole_logits._cache_size() == before + 2
+
+
+def test_views_of_arguments_that_cannot_be_compared_are_themselves():
+    augment = functools.partial(random_affine, rotate=np.ones(()))
+    view = View(jax.random.key(0), augment)
+    assert view.augment is augment

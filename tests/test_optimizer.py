@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mnist_flax.errors import InputError
 from mnist_flax.optimizer import decayed, make_optimizer, make_schedule, muon_dimensions
 from mnist_flax.recipes import (
     RECIPES,
@@ -142,3 +143,64 @@ def test_a_recipes_optimizer_has_all_of_its_options(name, options):
             params = jax.tree.map(jnp.add, params, updates)
         ends.append(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), *ends)
+
+
+OWN = {
+    "headless": {"kernel": jnp.ones((4, 4))},
+    "head_block": {
+        "head": {"mix": {"kernel": jnp.ones((4, 4))}},
+        "fc": {"kernel": jnp.ones((4, 3))},
+    },
+    "attention": {"bias": jnp.ones((2, 4)), "scale": jnp.ones((2, 4))},
+    "out": jnp.ones((4, 3)),
+}
+
+
+@pytest.mark.parametrize(
+    ("classifier", "left"),
+    [("fc", [("head_block", "fc", "kernel")]), ("out", [("out",)]), (None, [])],
+)
+def test_the_classifier_is_the_layer_of_that_name(classifier, left):
+    """Not whatever has the name somewhere on its path; and no bias is a kernel."""
+    found = muon_dimensions(OWN, classifier=classifier)
+    paths = jax.tree_util.tree_leaves_with_path(OWN)
+    kernels = {tuple(part.key for part in path) for path, _ in paths} - {
+        ("attention", "bias"),
+        ("attention", "scale"),
+    }
+    for path in kernels | {("attention", "bias"), ("attention", "scale")}:
+        node = found
+        for name in path:
+            node = node[name]
+        assert (node is not None) == (path in kernels and path not in left), path
+
+
+@pytest.mark.parametrize("classifier", ["head", "fc_out"])
+def test_a_classifier_that_is_not_there_is_refused(classifier):
+    """`head` of OWN holds a layer, and is none."""
+    optimizer = make_optimizer("muon", learning_rate=lambda _: 0.1, classifier=classifier)
+    with pytest.raises(InputError, match=f"no layer is named '{classifier}'.*classifier"):
+        optimizer.init(OWN)
+
+
+def test_an_own_classifier_is_left_to_adam():
+    """Adam's first step is the rate in every element; Muon's differs by element."""
+    optimizer = make_optimizer("muon", learning_rate=lambda _: 1.0, classifier="fc")
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), OWN)
+    updates, _ = optimizer.update(grads, optimizer.init(OWN), OWN)
+    spreads = {
+        name: np.ptp(np.abs(kernel))
+        for name, kernel in (("fc", updates["head_block"]["fc"]["kernel"]), ("out", updates["out"]))
+    }
+    assert spreads["fc"] < 1e-3 < 0.1 < spreads["out"]
+
+
+def test_biases_of_stacked_networks_are_not_kernels():
+    stacked = jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS)
+    assert decayed(stacked) == decayed(PARAMS)
+    optimizer = make_optimizer("sgd", learning_rate=lambda _: 0.1, weight_decay=0.5)
+    grads = jax.tree.map(jnp.zeros_like, stacked)
+    updates, _ = optimizer.update(grads, optimizer.init(stacked), stacked)
+    assert not updates["convs"]["bias"].any()
+    np.testing.assert_allclose(updates["convs"]["kernel"], -0.1, rtol=1e-6)

@@ -8,6 +8,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
 from mnist_flax import robustness
+from mnist_flax.data import Examples
+from mnist_flax.errors import InputError
 from mnist_flax.evaluate import predict
 from mnist_flax.steps import to_float
 
@@ -58,6 +60,25 @@ def test_occlusion_hides_a_square_in_the_middle():
         assert_array_equal(np.flatnonzero(np.asarray(hidden).any(axes)), np.arange(4, 24))
     whole = 1 - robustness.occlude(jnp.ones((2, 28, 28, 1)), 20)
     assert_array_equal(whole[:, 4:24, 4:24], np.ones((2, 20, 20, 1)))
+
+
+@pytest.mark.parametrize(("H", "W"), [(8, 8), (14, 28), (32, 20)])
+@pytest.mark.parametrize("side", [0, 2, 4, 10])
+def test_occlusion_fits_images_of_other_sizes(H, W, side):
+    """A square of that side, or the whole of an image that is smaller, without the margin."""
+    hidden = 1 - robustness.occlude(jnp.ones((300, H, W, 1)), side)
+    assert_array_equal(hidden.sum((1, 2, 3)), np.full(300, min(side, H) * min(side, W)))
+    if 0 < side <= min(H - 2 * (H // 7), W - 2 * (W // 7)):
+        for axes, size in (((0, 2, 3), H), ((0, 1, 3), W)):
+            seen = np.flatnonzero(np.asarray(hidden).any(axes))
+            assert_array_equal(seen, np.arange(size // 7, size - size // 7))
+
+
+def test_labels_in_a_column_are_refused(whole, splits):
+    """Compared with predictions, they would be right as often as any two digits are the same."""
+    column = Examples(splits.test.images[:20], splits.test.labels[:20, None])
+    with pytest.raises(InputError, match=r"labels\[:, 0\]"):
+        robustness.worst_case(whole[0].state, column, grid=((0, 0, 0),))
 
 
 def test_noise_has_its_deviation():
