@@ -2,8 +2,10 @@
 
 Shapes: N examples, S steps, B batch, H height, W width, C channels.
 
-The first `load_splits` of a dataset has TFDS prepare it and decodes every record once. The decoded
-arrays are kept beside the records, so that later loads read one file and import no TFDS.
+MNIST, and what is given as archives, is read from its archives, without TFDS and without a file
+written. TFDS prepares records of it when it is to be streamed. Of other datasets the first
+`load_splits` decodes every record once; the arrays are kept beside the records, so that later loads
+read one file and import no TFDS.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ from tqdm.auto import tqdm
 
 from mnist_flax import archives as archives_lib
 from mnist_flax.errors import InputError
+from mnist_flax.workdir import local_path
 
 if TYPE_CHECKING:
     import grain
@@ -136,24 +139,24 @@ class Splits(Generic[TrainT]):
 def load_splits(
     name: str,
     *,
-    val_size: int,
+    val_size: int = 5000,
     seed: int = 0,
     data_dir: str | os.PathLike[str] | None = None,
     archives: str | os.PathLike[str] | None = None,
     stream: bool = False,
 ) -> Splits:
-    """Loads a dataset, preparing it first where that has not been done.
+    """Loads a dataset, having TFDS prepare it first where that is needed and has not been done.
 
     Args:
-      name: "mnist", "fashion_mnist" or "kmnist", which are prepared on demand: MNIST from
-        archives that come with this package, the others by downloading them. Or any
-        dataset of uint8 images of one shape that TFDS has already prepared under `data_dir`
-        as array_record, with splits "train" and "test": "name", "name/config" or
-        "name/config:version" (by default, the highest version there is).
+      name: "mnist", which comes with this package; "fashion_mnist" or "kmnist", which TFDS
+        downloads, unless there are `archives`. Or any dataset of uint8 images of one shape that
+        TFDS has already prepared under `data_dir` as array_record, with splits "train" and "test":
+        "name", "name/config" or "name/config:version" (by default, the highest version there is).
       val_size: How many examples to hold out of "train" (see `split_indices`).
       seed: Which ones to hold out.
-      data_dir: TFDS's root directory. By default $TFDS_DATA_DIR, or ~/tensorflow_datasets.
-      archives: A directory of the four IDX archives to prepare the dataset from, instead of
+      data_dir: TFDS's root directory. By default $TFDS_DATA_DIR, or ~/tensorflow_datasets. Nothing
+        is read from there or written to it for what is held in memory from archives.
+      archives: A directory of the four IDX archives to read the dataset from, instead of
         those that TFDS knows: for one that cannot be downloaded, or for variants of MNIST.
       stream: Make `train` a `Records`, of which nothing is held in memory.
 
@@ -163,21 +166,22 @@ def load_splits(
 
     Raises:
       InputError: The dataset is unknown, unsuitable or damaged, cannot be downloaded or written,
-        or has no `val_size` examples to spare.
+        or has no `val_size` examples to spare; or TFDS is needed and cannot be imported.
     """
     if val_size < 0 or seed < 0:
         raise InputError(f"val_size and seed must not be negative, got {val_size} and {seed}")
-    root = _root(data_dir)
-    if name in archives_lib.NAMES:
-        directory = archives_lib.dataset_dir(name, data_dir=root, archives=archives)
-        prepare = functools.partial(archives_lib.prepare, name, directory, archives=archives)
-    elif archives is not None:
+    if data_dir is not None:
+        local_path(data_dir, name="data_dir")  # Refused even where it is not needed.
+    if archives is not None and name not in archives_lib.NAMES:
         raise InputError(f"archives can stand for {_known()}, not for {name!r}")
-    else:
-        directory, prepare = _find_prepared(name, root), lambda: None
+    files = archives_lib.local_archives(name, archives) if name in archives_lib.NAMES else None
     if stream:
-        return _load_streamed(directory, prepare, val_size=val_size, seed=seed)
-    train, test, info = _read_decoded(directory) or _decode_once(directory, prepare)
+        return _load_streamed(name, _root(data_dir), files, val_size=val_size, seed=seed)
+    if files:
+        train, test, info = _read_archives(name, files)
+    else:
+        directory, prepare = _records(name, _root(data_dir))
+        train, test, info = _read_decoded(directory) or _decode_once(directory, prepare)
     train_indices, val_indices = split_indices(train.num_examples, val_size=val_size, seed=seed)
     return Splits(take(train, train_indices), take(train, val_indices), test, info)
 
@@ -305,10 +309,37 @@ def stream_batches(
 
 
 def _root(data_dir: str | os.PathLike[str] | None) -> Path:
-    root = str(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    if "://" in root:
-        raise InputError(f"data_dir must be a local directory, got {root}")
-    return Path(root).expanduser().absolute()
+    given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return local_path(given, name="data_dir").absolute()
+
+
+def _read_archives(
+    name: str, files: archives_lib.Archives
+) -> tuple[Examples, Examples, DatasetInfo]:
+    train, test = (
+        Examples(images_NHW[..., None], labels_N.astype(np.int32))
+        for images_NHW, labels_N in archives_lib.read_splits(files).values()
+    )
+    names = archives_lib.CLASS_NAMES[name]
+    info = DatasetInfo(
+        name=name,
+        version=archives_lib.VERSION,
+        num_classes=len(names),
+        class_names=names,
+        image_shape=train.images.shape[1:],
+        fingerprint=_fingerprint([train], [test]),
+    )
+    return train, test, info
+
+
+def _records(
+    name: str, root: Path, files: archives_lib.Archives | None = None
+) -> tuple[Path, Callable[[], None]]:
+    """Returns where the records of a dataset lie, or will lie, and what prepares them."""
+    if name not in archives_lib.NAMES:
+        return _find_prepared(name, root), lambda: None
+    directory = archives_lib.dataset_dir(name, data_dir=root, files=files)
+    return directory, functools.partial(archives_lib.prepare, name, directory, files)
 
 
 def _known() -> str:
@@ -339,16 +370,21 @@ def _find_prepared(name: str, root: Path) -> Path:
 
 
 def _load_streamed(
-    directory: Path, prepare: Callable[[], None], *, val_size: int, seed: int
+    name: str, root: Path, files: archives_lib.Archives | None, *, val_size: int, seed: int
 ) -> Splits[Records]:
-    info = _read_info(directory) or _scan_once(directory, prepare)
+    directory, prepare = _records(name, root, files)
+    if files and not (directory / "dataset_info.json").is_file():
+        with _lock(directory):
+            prepare()
+    decoded = _read_archives(name, files) if files else None
+    info = decoded[2] if decoded else _read_info(directory) or _scan_once(directory, prepare)
     prepared = _Prepared(directory)
     num_train = prepared.num_examples("train")
     train_indices, val_indices = split_indices(num_train, val_size=val_size, seed=seed)
     return Splits(
         train=Records(prepared, split="train", indices_N=train_indices),
-        val=prepared.decode("train", val_indices),
-        test=prepared.decode("test"),
+        val=take(decoded[0], val_indices) if decoded else prepared.decode("train", val_indices),
+        test=decoded[1] if decoded else prepared.decode("test"),
         info=info,
     )
 
@@ -471,8 +507,7 @@ class _Prepared:
     """A dataset that TFDS has prepared, checked to be one of images and labels."""
 
     def __init__(self, directory: Path):
-        import tensorflow_datasets as tfds
-
+        tfds: Any = archives_lib.import_tfds()
         self._directory = directory
         try:
             with archives_lib.quiet():

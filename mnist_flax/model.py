@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from mnist_flax import ops
+from mnist_flax.compat import List
 from mnist_flax.errors import InputError
 from mnist_flax.moments import normalize
 
@@ -354,10 +355,10 @@ class CNN(nnx.Module):
         height, width, channels = feature_shape(config, image_shape)
         inputs = (config.patch**2 * image_shape[-1], *config.widths[:-1])
         self.config = config
-        self.convs = nnx.List(
+        self.convs = List(
             [make_conv(config, index, n_in, rngs=rngs) for index, n_in in enumerate(inputs)]
         )
-        self.norms = nnx.List(
+        self.norms = List(
             [
                 nnx.BatchNorm(
                     n,
@@ -371,7 +372,7 @@ class CNN(nnx.Module):
         )
         places = 1 if config.head == "mean" else height * width
         sizes = (places * channels, *config.hidden)
-        self.hidden = nnx.List(
+        self.hidden = List(
             [
                 nnx.Linear(
                     n_in,
@@ -450,7 +451,7 @@ class Columns(nnx.Module):
 
     def __init__(self, columns: Sequence[CNN]):
         """Puts networks of images of one shape side by side."""
-        self.columns = nnx.List(columns)
+        self.columns = List(columns)
 
     def prepare(self, images_BHWC: jax.Array) -> jax.Array:
         """Returns float images in [0, 1] as each column takes them, side by side in channels."""

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from mnist_flax.compat import as_pure
 from mnist_flax.data import Examples
 from mnist_flax.metrics import Metrics
 
@@ -75,12 +76,12 @@ def create_state(
     `key` seeds every later draw.
     """
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    params = nnx.as_pure(params)
+    params = as_pure(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=key,
         params=params,
-        batch_stats=nnx.as_pure(batch_stats),
+        batch_stats=as_pure(batch_stats),
         opt_state=optimizer.init(params),
         plateau=optax.contrib.reduce_on_plateau().init(params),
         graphdef=graphdef,
@@ -159,7 +160,7 @@ def train_step(
         targets_BK = jax.nn.one_hot(batch.labels, logits_BK.shape[-1], dtype=logits_BK.dtype)
         targets_BK = optax.smooth_labels(targets_BK, label_smoothing)
         losses_B = optax.softmax_cross_entropy(logits_BK, targets_BK)
-        batch_stats = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+        batch_stats = as_pure(nnx.state(model, nnx.BatchStat))
         return jnp.mean(losses_B), (batch_stats, losses_B, logits_BK)
 
     grads, (batch_stats, losses_B, logits_BK) = jax.grad(loss_fn, has_aux=True)(state.params)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,28 @@ from mnist_flax.errors import InputError
 RECIPE_FILE = "recipe.json"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
+
+
+def local_path(path: str | os.PathLike[str], *, name: str) -> Path:
+    """Returns a path of the local file system, with `~` expanded.
+
+    Args:
+      path: what the user gave.
+      name: what the error calls it.
+
+    Raises:
+      InputError: it is the address of something elsewhere, such as gs://bucket; or it begins with
+        `~` and the user has no home directory.
+    """
+    text = os.fspath(path)
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", text):  # pathlib has made one slash of the two
+        raise InputError(f"{name} must be a local path, got {text}")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"{name} is {text}, but this user has no home directory; give an absolute path"
+        ) from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:
