@@ -14,6 +14,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -336,15 +337,19 @@ def import_tfds() -> types.ModuleType:
     """Imports TensorFlow Datasets, which memory-resident MNIST does without.
 
     Raises:
-      InputError: It cannot be imported. Beside a protobuf that is too old for it, it raises
-        whatever the code raises that protobuf has generated.
+      InputError: It cannot be imported, or what reads its records is not installed.
     """
     try:
         import tensorflow_datasets as tfds
+
+        for reader in ("array_record", "grain"):
+            if importlib.util.find_spec(reader) is None:
+                raise ModuleNotFoundError(f"No module named '{reader}'")
+    # Beside a protobuf that is too old for it, TFDS fails with an error of protobuf's own.
     except Exception as error:
         raise InputError(
-            "streaming, and datasets without archives, need TensorFlow Datasets, which cannot be "
-            f"imported here ({_reason(error)}); pip install 'mnist_flax[tfds]' installs it"
+            "streaming, and datasets without archives, need TensorFlow Datasets, array_record and "
+            f"grain, which cannot be used here ({_reason(error)}): pip install 'mnist_flax[tfds]'"
         ) from error
     tfds.display_progress_bar(False)
     return tfds

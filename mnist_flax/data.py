@@ -373,18 +373,15 @@ def _load_streamed(
     name: str, root: Path, files: archives_lib.Archives | None, *, val_size: int, seed: int
 ) -> Splits[Records]:
     directory, prepare = _records(name, root, files)
-    if files and not (directory / "dataset_info.json").is_file():
-        with _lock(directory):
-            prepare()
-    decoded = _read_archives(name, files) if files else None
-    info = decoded[2] if decoded else _read_info(directory) or _scan_once(directory, prepare)
+    archives_lib.import_tfds()  # Refused before anything is written.
+    info = _read_info(directory) or _scan_once(name, directory, files, prepare)
     prepared = _Prepared(directory)
     num_train = prepared.num_examples("train")
     train_indices, val_indices = split_indices(num_train, val_size=val_size, seed=seed)
     return Splits(
         train=Records(prepared, split="train", indices_N=train_indices),
-        val=take(decoded[0], val_indices) if decoded else prepared.decode("train", val_indices),
-        test=decoded[1] if decoded else prepared.decode("test"),
+        val=prepared.decode("train", val_indices),
+        test=prepared.decode("test"),
         info=info,
     )
 
@@ -393,6 +390,7 @@ def _decode_once(
     directory: Path, prepare: Callable[[], None]
 ) -> tuple[Examples, Examples, DatasetInfo]:
     """Prepares the dataset if need be, decodes it, and keeps the arrays for `_read_decoded`."""
+    archives_lib.import_tfds()  # Refused before anything is written.
     with _lock(directory):
         if decoded := _read_decoded(directory):  # Another process did it meanwhile.
             return decoded
@@ -411,14 +409,20 @@ def _decode_once(
         return train, test, info
 
 
-def _scan_once(directory: Path, prepare: Callable[[], None]) -> DatasetInfo:
-    """Prepares the dataset if need be, and reads it once for its fingerprint."""
+def _scan_once(
+    name: str, directory: Path, files: archives_lib.Archives | None, prepare: Callable[[], None]
+) -> DatasetInfo:
+    """Prepares the dataset if need be; takes its fingerprint from its archives or its records."""
     with _lock(directory):
         if info := _read_info(directory):
             return info
+        is_new = not (directory / "dataset_info.json").is_file()
         prepare()
-        prepared = _Prepared(directory)
-        info = prepared.info(_fingerprint(prepared.chunks("train"), prepared.chunks("test")))
+        if is_new and files:
+            _, _, info = _read_archives(name, files)
+        else:
+            prepared = _Prepared(directory)
+            info = prepared.info(_fingerprint(prepared.chunks("train"), prepared.chunks("test")))
         _write_info(directory, info)
         return info
 
