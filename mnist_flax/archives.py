@@ -1,24 +1,27 @@
 """IDX archives, the format MNIST is published in, and their preparation by TFDS.
 
-TFDS's own builders for MNIST, Fashion-MNIST and Kuzushiji-MNIST need TensorFlow to extract and to
-encode. The builders here subclass them, read the archives with gzip and NumPy, and hand TFDS PIL
-images, which it encodes without TensorFlow. They also keep the order of the archives, where TFDS
-would shuffle: index i of a split is image i of its archive, the numbering that audits of MNIST's
-labels use.
+The four archives of MNIST lie in `archives/` beside this file, so MNIST needs no network; to hold
+it in memory needs no TFDS either, nor any file but them.
 
-The four archives of MNIST lie in `archives/` beside this file, so MNIST needs no network.
+To stream or to download, TFDS prepares records. Its own builders for MNIST, Fashion-MNIST and
+Kuzushiji-MNIST need TensorFlow to extract and to encode. The builders here subclass them, read the
+archives with gzip and NumPy, and hand TFDS images that PIL encoded. They also keep the order of the
+archives, where TFDS would shuffle: index i of a split is image i of its archive, the numbering that
+audits of MNIST's labels use.
 """
 
 import contextlib
 import functools
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
 import shutil
 import struct
+import types
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -26,8 +29,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from mnist_flax.errors import InputError
+from mnist_flax.workdir import local_path
 
 NAMES = ("mnist", "fashion_mnist", "kmnist")
 """The TFDS datasets that are published as four IDX archives of 28x28 images in 10 classes."""
@@ -38,8 +43,26 @@ VERSION = "3.0.1"
 BUNDLED = Path(__file__).with_name("archives")
 """The directory of the four MNIST archives that come with this package."""
 
+BUNDLED_SHA256 = (
+    "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+)
+"""SHA-256 of MNIST's archives in the order of `Archives`, as TFDS registers them."""
+
 LABEL_VOTES = BUNDLED / "mnist_test_label_votes.json"
 """Five people's votes on each of the 100 MNIST test labels that confident learning doubted."""
+
+CLASS_NAMES = {
+    "mnist": tuple("0123456789"),
+    "fashion_mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+}
+"""The names of the classes, by label, as in TFDS."""
 
 _IMAGE_SHAPE = (28, 28)
 _NUM_CLASSES = 10
@@ -100,7 +123,7 @@ def find_archives(directory: str | os.PathLike[str]) -> Archives:
     Raises:
       InputError: There is no such directory, or a file is missing from it.
     """
-    root = Path(directory).expanduser()
+    root = local_path(directory, name="archives")
     if not root.is_dir():
         raise InputError(f"archives: {root} is not a directory; it should hold {_ALL_FILES}")
     paths = [
@@ -202,9 +225,38 @@ def read_examples(
     return images_NHW, labels_N
 
 
-def dataset_dir(
-    name: str, *, data_dir: Path, archives: str | os.PathLike[str] | None = None
-) -> Path:
+def local_archives(
+    name: str, archives: str | os.PathLike[str] | None = None, *, bundled: Path = BUNDLED
+) -> Archives | None:
+    """Finds the archives of a dataset that need no download.
+
+    Args:
+      name: One of `NAMES`.
+      archives: A directory of four archives to take instead of those that TFDS knows. Their
+        checksums are not looked at.
+      bundled: The directory of MNIST's own.
+
+    Returns:
+      Their paths. None for a dataset that TFDS has to download.
+
+    Raises:
+      InputError: `archives` is no directory of four archives, or MNIST's own are not the originals.
+    """
+    if archives is not None:
+        return find_archives(archives)
+    if name != "mnist":
+        return None
+    files = find_archives(bundled)
+    for path, expected in zip(files, BUNDLED_SHA256, strict=True):
+        if _sha256(path).hexdigest() != expected:
+            raise InputError(
+                f"{path} is not the original, whose SHA-256 is {expected}: install the package "
+                "again, or pass archives"
+            )
+    return files
+
+
+def dataset_dir(name: str, *, data_dir: Path, files: Archives | None = None) -> Path:
     """Returns the directory in which `prepare` puts a dataset: `<data_dir>/<name>/<config>/3.0.1`.
 
     The config keeps it apart from a `<data_dir>/<name>/3.0.1` that TFDS itself prepared, and one
@@ -213,26 +265,20 @@ def dataset_dir(
     Args:
       name: One of `NAMES`.
       data_dir: TFDS's root directory.
-      archives: Where the archives lie, if not those that TFDS knows.
+      files: Its archives, if they are at hand.
 
     Returns:
-      The directory, which need not exist. With `archives` its config is named by the SHA-256 of
-      their contents.
+      The directory, which need not exist. Its config is "canonical" for what TFDS knows, and else
+      named by the SHA-256 of the archives' contents.
 
     Raises:
-      InputError: `archives` is no directory of four archives.
+      InputError: An archive cannot be read.
     """
-    config = "canonical" if archives is None else f"archives-{_digest(find_archives(archives))}"
-    return data_dir / name / config / VERSION
+    canonical = files is None or (name == "mnist" and files == find_archives(BUNDLED))
+    return data_dir / name / ("canonical" if canonical else f"archives-{_digest(files)}") / VERSION
 
 
-def prepare(
-    name: str,
-    directory: Path,
-    *,
-    archives: str | os.PathLike[str] | None = None,
-    manual_dir: str | os.PathLike[str] | None = None,
-) -> None:
+def prepare(name: str, directory: Path, files: Archives | None) -> None:
     """Has TFDS write a dataset, as array_record in the order of its archives.
 
     Does nothing if it is there already. Only one process may do so at a time: what a killed one
@@ -241,48 +287,43 @@ def prepare(
     Args:
       name: One of `NAMES`.
       directory: The `dataset_dir` of the dataset.
-      archives: A directory of four archives to take instead of those that TFDS knows. Their
-        structure is checked, and not their checksums.
-      manual_dir: A directory from which TFDS takes archives that it would download, checking
-        their SHA-256. By default `BUNDLED` for MNIST, and none for the others.
+      files: Its archives, whose structure is checked. None lets TFDS download those that it knows,
+        and check their SHA-256.
 
     Raises:
-      InputError: The archives are damaged or cannot be had, or `directory` cannot be written.
+      InputError: TFDS cannot be imported, the archives are damaged or cannot be had, or
+        `directory` cannot be written.
     """
     downloads = directory.parent / "downloads"
     for leftover in (downloads, *directory.parent.glob("incomplete.*")):
         shutil.rmtree(leftover, ignore_errors=True)
     if (directory / "dataset_info.json").is_file():
         return
-    files = None if archives is None else find_archives(archives)
-    if files:
-        read_examples(files.train_images, files.train_labels)
-        read_examples(files.test_images, files.test_labels)
-    if manual_dir is None and name == "mnist":
-        manual_dir = BUNDLED
-
-    import tensorflow_datasets as tfds
+    splits = None if files is None else read_splits(files)
+    tfds = import_tfds()
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
     try:
-        with quiet(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            quiet(),
+            contextlib.redirect_stdout(io.StringIO()),
+            tqdm(desc=f"Preparing {name}", unit=" images", leave=False) as bar,
+        ):
             builder = _builder_class(name)(
                 data_dir=directory.parents[2],
                 config=tfds.core.BuilderConfig(name=directory.parent.name),
                 file_format="array_record",
             )
-            builder.files = files
-            if not files and not _holds_archives(manual_dir):
+            builder.splits, builder.bar = splits, bar
+            if splits is None:
                 _check_reachable(name, builder.URL)
             builder.download_and_prepare(
                 download_dir=downloads,
-                download_config=tfds.download.DownloadConfig(
-                    manual_dir=manual_dir, try_download_gcs=False
-                ),
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             )
     except NonMatchingChecksumError as error:
         reason = _reason(error).removesuffix(":")
-        raise InputError(f"{reason}; restore that file, or pass archives") from error
+        raise InputError(f"{reason}; try again, or pass archives") from error
     # RuntimeError is what array_record raises, for a full disk among other things.
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot prepare {name} in {directory}: {_reason(error)}") from error
@@ -290,9 +331,43 @@ def prepare(
         shutil.rmtree(downloads, ignore_errors=True)
 
 
+def read_splits(files: Archives) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads both splits of a dataset: images_NHW uint8 and labels_N uint8 of "train" and "test".
+
+    Raises:
+      InputError: A file cannot be read, or two do not make a split.
+    """
+    return {
+        "train": read_examples(files.train_images, files.train_labels),
+        "test": read_examples(files.test_images, files.test_labels),
+    }
+
+
+def import_tfds() -> types.ModuleType:
+    """Imports TensorFlow Datasets, which memory-resident MNIST does without.
+
+    Raises:
+      InputError: It cannot be imported, or what reads its records is not installed.
+    """
+    try:
+        import tensorflow_datasets as tfds
+
+        for reader in ("array_record", "grain"):
+            if importlib.util.find_spec(reader) is None:
+                raise ModuleNotFoundError(f"No module named '{reader}'")
+    # Beside a protobuf that is too old for it, TFDS fails with an error of protobuf's own.
+    except Exception as error:
+        raise InputError(
+            "streaming, and datasets without archives, need TensorFlow Datasets, array_record and "
+            f"grain, which cannot be used here ({_reason(error)}): pip install 'mnist_flax[tfds]'"
+        ) from error
+    tfds.display_progress_bar(False)
+    return tfds
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what TFDS logs below errors; its progress bars stay."""
+    """Silences what TFDS logs below errors."""
     from absl import logging
 
     verbosity = logging.get_verbosity()
@@ -306,7 +381,6 @@ def quiet() -> Iterator[None]:
 @functools.cache
 def _builder_class(name: str) -> Any:
     import tensorflow_datasets as tfds
-    from PIL import Image
     from tensorflow_datasets.core import registered
     from tensorflow_datasets.image_classification import mnist
 
@@ -322,7 +396,8 @@ def _builder_class(name: str) -> Any:
         class IdxBuilder(published):
             name = published.name
             VERSION = tfds.core.Version(VERSION)
-            files: Archives | None = None
+            splits: dict[str, tuple[np.ndarray, np.ndarray]] | None = None
+            bar: tqdm
 
             def _info(self):
                 info = super()._info()
@@ -337,37 +412,44 @@ def _builder_class(name: str) -> Any:
                 )
 
             def _split_generators(self, dl_manager):
-                files = self.files or Archives(
-                    *dl_manager.download([f"{self.URL}{file}.gz" for file in FILE_NAMES])
-                )
+                if self.splits is None:
+                    urls = [f"{self.URL}{file}.gz" for file in FILE_NAMES]
+                    self.splits = read_splits(Archives(*dl_manager.download(urls)))
+                self.bar.reset(total=sum(len(labels_N) for _, labels_N in self.splits.values()))
                 return {
-                    "train": self._generate_examples(files.train_images, files.train_labels),
-                    "test": self._generate_examples(files.test_images, files.test_labels),
+                    split: self._generate_examples(*examples)
+                    for split, examples in self.splits.items()
                 }
 
-            def _generate_examples(self, images_path, labels_path):
-                images_NHW, labels_N = read_examples(images_path, labels_path)
+            def _generate_examples(self, images_NHW, labels_N):
                 for i, (image_HW, label) in enumerate(zip(images_NHW, labels_N, strict=True)):
-                    yield i, {"image": Image.fromarray(image_HW), "label": int(label)}
+                    yield i, {"image": _png(image_HW), "label": int(label)}
+                    self.bar.update()
 
     return IdxBuilder
+
+
+def _png(image_HW: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image_HW).save(buffer, format="png", compress_level=1)  # 1 is the fastest
+    return buffer.getvalue()
 
 
 def _digest(archives: Archives) -> str:
     digest = hashlib.sha256()
     for path in archives:
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+        digest.update(_sha256(path).digest())
     return digest.hexdigest()[:16]
 
 
-def _holds_archives(directory: str | os.PathLike[str] | None) -> bool:
-    return directory is not None and all(
-        (Path(directory) / f"{name}.gz").is_file() for name in FILE_NAMES
-    )
+def _sha256(path: Path) -> "hashlib._Hash":
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {_reason(error)}") from error
 
 
 def _check_reachable(name: str, url: str) -> None:

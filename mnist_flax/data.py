@@ -2,8 +2,10 @@
 
 Shapes: N examples, S steps, B batch, H height, W width, C channels.
 
-The first `load_splits` of a dataset has TFDS prepare it and decodes every record once. The decoded
-arrays are kept beside the records, so that later loads read one file and import no TFDS.
+MNIST, and what is given as archives, is read from its archives, without TFDS and without a file
+written. TFDS prepares records of it when it is to be streamed. Of other datasets the first
+`load_splits` decodes every record once; the arrays are kept beside the records, so that later loads
+read one file and import no TFDS.
 """
 
 import contextlib
@@ -35,6 +37,7 @@ from mnist_flax.checks import (
 )
 from mnist_flax.errors import InputError
 from mnist_flax.metrics import PADDING
+from mnist_flax.workdir import local_path
 
 if TYPE_CHECKING:
     import grain
@@ -163,18 +166,18 @@ def load_splits(
     archives: str | os.PathLike[str] | None = None,
     stream: bool = False,
 ) -> Splits:
-    """Loads a dataset, preparing it first where that has not been done.
+    """Loads a dataset, having TFDS prepare it first where that is needed and has not been done.
 
     Args:
-      name: "mnist", "fashion_mnist" or "kmnist", which are prepared on demand: MNIST from
-        archives that come with this package, the others by downloading them. Or any
-        dataset of uint8 images of one shape that TFDS has already prepared under `data_dir`
-        as array_record, with splits "train" and "test": "name", "name/config" or
-        "name/config:version" (by default, the highest version there is).
+      name: "mnist", which comes with this package; "fashion_mnist" or "kmnist", which TFDS
+        downloads, unless there are `archives`. Or any dataset of uint8 images of one shape that
+        TFDS has already prepared under `data_dir` as array_record, with splits "train" and "test":
+        "name", "name/config" or "name/config:version" (by default, the highest version there is).
       val_size: How many examples to hold out of "train" (see `split_indices`).
       seed: Which ones to hold out.
-      data_dir: TFDS's root directory. By default $TFDS_DATA_DIR, or ~/tensorflow_datasets.
-      archives: A directory of the four IDX archives to prepare the dataset from, instead of
+      data_dir: TFDS's root directory. By default $TFDS_DATA_DIR, or ~/tensorflow_datasets. Nothing
+        is read from there or written to it for what is held in memory from archives.
+      archives: A directory of the four IDX archives to read the dataset from, instead of
         those that TFDS knows: for one that cannot be downloaded, or for variants of MNIST.
       stream: Make `train` a `Records`, of which nothing is held in memory.
 
@@ -184,21 +187,22 @@ def load_splits(
 
     Raises:
       InputError: The dataset is unknown, unsuitable or damaged, cannot be downloaded or written,
-        or has no `val_size` examples to spare.
+        or has no `val_size` examples to spare; or TFDS is needed and cannot be imported.
     """
     if val_size < 0 or seed < 0:
         raise InputError(f"val_size and seed must not be negative, got {val_size} and {seed}")
-    root = _root(data_dir)
-    if name in archives_lib.NAMES:
-        directory = archives_lib.dataset_dir(name, data_dir=root, archives=archives)
-        prepare = functools.partial(archives_lib.prepare, name, directory, archives=archives)
-    elif archives is not None:
+    if data_dir is not None:
+        local_path(data_dir, name="data_dir")  # Refused even where it is not needed.
+    if archives is not None and name not in archives_lib.NAMES:
         raise InputError(f"archives can stand for {_known()}, not for {name!r}")
-    else:
-        directory, prepare = _find_prepared(name, root), lambda: None
+    files = archives_lib.local_archives(name, archives) if name in archives_lib.NAMES else None
     if stream:
-        return _load_streamed(directory, prepare, val_size=val_size, seed=seed)
-    train, test, info = _read_decoded(directory) or _decode_once(directory, prepare)
+        return _load_streamed(name, _root(data_dir), files, val_size=val_size, seed=seed)
+    if files:
+        train, test, info = _read_archives(name, files)
+    else:
+        directory, prepare = _records(name, _root(data_dir))
+        train, test, info = _read_decoded(directory) or _decode_once(directory, prepare)
     train_indices, val_indices = split_indices(train.num_examples, val_size=val_size, seed=seed)
     return Splits(take(train, train_indices), take(train, val_indices), test, info)
 
@@ -381,10 +385,37 @@ def stream_batches(
 
 
 def _root(data_dir: str | os.PathLike[str] | None) -> Path:
-    root = str(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    if "://" in root:
-        raise InputError(f"data_dir must be a local directory, got {root}")
-    return Path(root).expanduser().absolute()
+    given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return local_path(given, name="data_dir").absolute()
+
+
+def _read_archives(
+    name: str, files: archives_lib.Archives
+) -> tuple[Examples, Examples, DatasetInfo]:
+    train, test = (
+        Examples(images_NHW[..., None], labels_N.astype(np.int32))
+        for images_NHW, labels_N in archives_lib.read_splits(files).values()
+    )
+    names = archives_lib.CLASS_NAMES[name]
+    info = DatasetInfo(
+        name=name,
+        version=archives_lib.VERSION,
+        num_classes=len(names),
+        class_names=names,
+        image_shape=train.images.shape[1:],
+        fingerprint=_fingerprint([train], [test]),
+    )
+    return train, test, info
+
+
+def _records(
+    name: str, root: Path, files: archives_lib.Archives | None = None
+) -> tuple[Path, Callable[[], None]]:
+    """Returns where the records of a dataset lie, or will lie, and what prepares them."""
+    if name not in archives_lib.NAMES:
+        return _find_prepared(name, root), lambda: None
+    directory = archives_lib.dataset_dir(name, data_dir=root, files=files)
+    return directory, functools.partial(archives_lib.prepare, name, directory, files)
 
 
 def _known() -> str:
@@ -415,9 +446,11 @@ def _find_prepared(name: str, root: Path) -> Path:
 
 
 def _load_streamed(
-    directory: Path, prepare: Callable[[], None], *, val_size: int, seed: int
+    name: str, root: Path, files: archives_lib.Archives | None, *, val_size: int, seed: int
 ) -> Splits[Records]:
-    info = _read_info(directory) or _scan_once(directory, prepare)
+    directory, prepare = _records(name, root, files)
+    archives_lib.import_tfds()  # Refused before anything is written.
+    info = _read_info(directory) or _scan_once(name, directory, files, prepare)
     prepared = _Prepared(directory)
     num_train = prepared.num_examples("train")
     train_indices, val_indices = split_indices(num_train, val_size=val_size, seed=seed)
@@ -433,6 +466,7 @@ def _decode_once(
     directory: Path, prepare: Callable[[], None]
 ) -> tuple[Examples, Examples, DatasetInfo]:
     """Prepares the dataset if need be, decodes it, and keeps the arrays for `_read_decoded`."""
+    archives_lib.import_tfds()  # Refused before anything is written.
     with _lock(directory):
         if decoded := _read_decoded(directory):  # Another process did it meanwhile.
             return decoded
@@ -451,14 +485,20 @@ def _decode_once(
         return train, test, info
 
 
-def _scan_once(directory: Path, prepare: Callable[[], None]) -> DatasetInfo:
-    """Prepares the dataset if need be, and reads it once for its fingerprint."""
+def _scan_once(
+    name: str, directory: Path, files: archives_lib.Archives | None, prepare: Callable[[], None]
+) -> DatasetInfo:
+    """Prepares the dataset if need be; takes its fingerprint from its archives or its records."""
     with _lock(directory):
         if info := _read_info(directory):
             return info
+        is_new = not (directory / "dataset_info.json").is_file()
         prepare()
-        prepared = _Prepared(directory)
-        info = prepared.info(_fingerprint(prepared.chunks("train"), prepared.chunks("test")))
+        if is_new and files:
+            _, _, info = _read_archives(name, files)
+        else:
+            prepared = _Prepared(directory)
+            info = prepared.info(_fingerprint(prepared.chunks("train"), prepared.chunks("test")))
         _write_info(directory, info)
         return info
 
@@ -547,8 +587,7 @@ class _Prepared:
     """A dataset that TFDS has prepared, checked to be one of images and labels."""
 
     def __init__(self, directory: Path):
-        import tensorflow_datasets as tfds
-
+        tfds: Any = archives_lib.import_tfds()
         self._directory = directory
         try:
             with archives_lib.quiet():

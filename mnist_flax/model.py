@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from mnist_flax.checks import check_field_types, check_image_shape
+from mnist_flax.compat import List
 from mnist_flax.errors import InputError
 from mnist_flax.moments import normalize
 from mnist_flax.ops import NHWC, REFERENCE, Ops
@@ -368,10 +369,10 @@ class CNN(nnx.Module):
         inputs = (config.patch**2 * image_shape[-1], *config.widths[:-1])
         self.config = config
         self.image_shape = tuple(image_shape)
-        self.convs = nnx.List(
+        self.convs = List(
             [make_conv(config, index, n_in, rngs=rngs) for index, n_in in enumerate(inputs)]
         )
-        self.norms = nnx.List(
+        self.norms = List(
             [
                 nnx.BatchNorm(
                     n,
@@ -385,7 +386,7 @@ class CNN(nnx.Module):
         )
         places = 1 if config.head == "mean" else height * width
         sizes = (places * channels, *config.hidden)
-        self.hidden = nnx.List(
+        self.hidden = List(
             [
                 nnx.Linear(
                     n_in,
@@ -479,7 +480,7 @@ class Columns(nnx.Module):
 
     def __init__(self, columns: Sequence[CNN]):
         """Puts networks of images of one shape side by side."""
-        self.columns = nnx.List(columns)
+        self.columns = List(columns)
 
     def use(self, ops: Ops) -> None:
         """Computes with `ops` from now on, as `CNN.use`."""

@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 
 from mnist_flax.checks import check_image_array, check_label_array
+from mnist_flax.compat import as_pure
 from mnist_flax.data import Examples
 from mnist_flax.errors import InputError
 from mnist_flax.metrics import PADDING, Metrics
@@ -106,12 +107,12 @@ def create_state(
         )
     )
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, ...)
-    params = nnx.as_pure(params)
+    params = as_pure(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=key,
         params=params,
-        batch_stats=nnx.as_pure(batch_stats),
+        batch_stats=as_pure(batch_stats),
         opt_state=optimizer.init(params),
         plateau=optax.contrib.reduce_on_plateau().init(params),
         graphdef=graphdef,
@@ -306,7 +307,7 @@ def smoothed_losses(
 
 def changed_stats(state: TrainState, model: Any) -> Any:
     """Returns what `model` holds beside parameters after a call, in the dtypes of the state."""
-    batch_stats = nnx.as_pure(nnx.split(model, nnx.Param, ...)[2])
+    batch_stats = as_pure(nnx.split(model, nnx.Param, ...)[2])
 
     def as_before(new, old):
         return new if new.dtype == old.dtype else new.astype(old.dtype)

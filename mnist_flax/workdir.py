@@ -23,23 +23,26 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters at least: C:/ 
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
-    """Returns a path with `~` expanded.
+    """Returns a path of the local file system, with `~` expanded.
 
     Args:
-      path: the path.
-      name: what it is, for the error.
+      path: what the user gave.
+      name: what the error calls it.
 
     Raises:
-      InputError: it is an address such as gs://bucket, or of a user's home that is not known.
+      InputError: it is the address of something elsewhere, such as gs://bucket; or it begins with
+        `~` and the user has no home directory.
     """
-    # A Path has lost one of the two slashes.
-    if _SCHEME.match(os.fspath(path)):
-        address = re.sub(":/+", "://", os.fspath(path), count=1)
-        raise InputError(f"{name} is {address}; only directories of this machine can be used")
+    text = os.fspath(path)
+    if _SCHEME.match(text):
+        address = re.sub(":/+", "://", text, count=1)  # a Path has lost one of the two slashes
+        raise InputError(f"{name} must be a local path, got {address}")
     try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{name} is {path}: {error}") from None
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"{name} is {text}, but this user has no home directory; give an absolute path"
+        ) from None
 
 
 def require_directory(path: Path, name: str) -> None:

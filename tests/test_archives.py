@@ -4,8 +4,11 @@ import functools
 import gzip
 import hashlib
 import math
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -18,11 +21,14 @@ from hypothesis import strategies as st
 
 from mnist_flax.archives import (
     BUNDLED,
+    BUNDLED_SHA256,
+    CLASS_NAMES,
     FILE_NAMES,
     MNIST_FINGERPRINT,
     dataset_dir,
     disputed_test_labels,
     find_archives,
+    local_archives,
     prepare,
     read_examples,
     read_idx,
@@ -72,12 +78,20 @@ def refusal(function, *args, **kwargs):
     return message
 
 
-@pytest.mark.parametrize("name", FILE_NAMES)
-def test_bundled_archives_are_those_that_tfds_registers(name):
-    registered = (Path(tfds.__file__).parent / "url_checksums" / "mnist.txt").read_text()
+@pytest.mark.parametrize(("name", "expected"), [*zip(FILE_NAMES, BUNDLED_SHA256, strict=True)])
+def test_bundled_archives_are_those_that_tfds_registers(name, expected):
+    checksums = (Path(tfds.__file__).parent / "url_checksums" / "mnist.txt").read_text()
+    (registered,) = (line for line in checksums.splitlines() if f"{name}.gz" in line)
     digest = hashlib.sha256((BUNDLED / f"{name}.gz").read_bytes()).hexdigest()
     assert digest in registered
     assert digest in (BUNDLED / "README.md").read_text()
+    assert digest == expected
+
+
+@pytest.mark.parametrize("name", CLASS_NAMES)
+def test_class_names_are_those_of_tfds(name, tmp_path):
+    features = tfds.builder(name, data_dir=tmp_path).info.features
+    assert CLASS_NAMES[name] == tuple(features["label"].names)
 
 
 @pytest.mark.parametrize("name", FILE_NAMES)
@@ -223,30 +237,64 @@ def test_find_archives_takes_each_gzipped_or_not(tmp_path):
 
 
 def test_dataset_dir_differs_between_contents_and_not_between_places(tmp_path):
-    one = write_subset(tmp_path / "one", num_train=3, num_test=2)
-    same = write_subset(tmp_path / "same", num_train=3, num_test=2)
-    other = write_subset(tmp_path / "other", num_train=3, num_test=2, first=5)
-    assert dataset_dir("mnist", data_dir=tmp_path) == tmp_path / "mnist" / "canonical" / "3.0.1"
+    one = find_archives(write_subset(tmp_path / "one", num_train=3, num_test=2))
+    same = find_archives(write_subset(tmp_path / "same", num_train=3, num_test=2))
+    other = find_archives(write_subset(tmp_path / "other", num_train=3, num_test=2, first=5))
+    canonical = tmp_path / "mnist" / "canonical" / "3.0.1"
+    assert dataset_dir("mnist", data_dir=tmp_path, files=local_archives("mnist")) == canonical
+    assert dataset_dir("kmnist", data_dir=tmp_path).parts[-3:] == ("kmnist", "canonical", "3.0.1")
     directories = [
-        dataset_dir("mnist", data_dir=tmp_path, archives=archives)
-        for archives in (one, same, other)
+        dataset_dir("mnist", data_dir=tmp_path, files=files) for files in (one, same, other)
     ]
     assert directories[0] == directories[1] != directories[2]
-    assert directories[0] != dataset_dir("kmnist", data_dir=tmp_path, archives=one)
+    assert directories[0] != dataset_dir("kmnist", data_dir=tmp_path, files=one)
 
 
-def test_tfds_refuses_a_bundled_archive_that_is_not_the_original(tmp_path):
-    manual_dir = tmp_path / "manual"
-    shutil.copytree(BUNDLED, manual_dir)
-    damaged = manual_dir / "t10k-labels-idx1-ubyte.gz"
+@pytest.mark.parametrize("name", FILE_NAMES)
+def test_a_bundled_archive_that_is_not_the_original_is_refused(tmp_path, name):
+    bundled = tmp_path / "bundled"
+    shutil.copytree(BUNDLED, bundled)
+    damaged = bundled / f"{name}.gz"
     content = bytearray(damaged.read_bytes())
     content[2000] ^= 1
+    damaged.chmod(0o644)
     damaged.write_bytes(content)
-    directory = dataset_dir("mnist", data_dir=tmp_path / "data")
-    message = refusal(prepare, "mnist", directory, manual_dir=manual_dir)
-    assert str(damaged) in message
-    assert "wrong checksum" in message
-    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    message = refusal(local_archives, "mnist", bundled=bundled)
+    assert f"{damaged} is not the original" in message
+
+
+def test_only_mnist_comes_with_the_package(tmp_path):
+    archives = write_subset(tmp_path / "a", num_train=3, num_test=2)
+    assert local_archives("mnist") == find_archives(BUNDLED)
+    assert local_archives("fashion_mnist") is None
+    assert local_archives("fashion_mnist", archives) == find_archives(archives)
+
+
+def test_an_archive_directory_may_begin_with_a_tilde_and_is_no_address(tmp_path, monkeypatch):
+    write_subset(tmp_path / "a", num_train=3, num_test=2)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_archives("~/a") == find_archives(tmp_path / "a")
+    for address in ("gs://bucket/mnist", Path("gs://bucket/mnist")):
+        assert "archives must be a local path" in refusal(find_archives, address)
+
+
+def test_preparing_shows_one_progress_bar(tmp_path):
+    archives = write_subset(tmp_path / "a", num_train=300, num_test=20)
+    code = """
+import sys
+from mnist_flax.data import load_splits
+load_splits("mnist", val_size=10, data_dir=sys.argv[1], archives=sys.argv[2], stream=True)
+"""
+    arguments = [sys.executable, "-c", code, str(tmp_path / "data"), str(archives)]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True, env=os.environ)
+    assert run.stdout == ""
+    shown = [part for part in run.stderr.replace("\r", "\n").splitlines() if part.strip()]
+    assert shown
+    # Ours, and the two of reading validation and test into memory; none of TFDS's own.
+    assert {part.strip().partition(":")[0] for part in shown} - {
+        "Decoding train",
+        "Decoding test",
+    } == {"Preparing mnist"}
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
@@ -254,7 +302,7 @@ def test_without_a_network_it_says_at_once_what_to_put_where(tmp_path, monkeypat
     for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # Nothing listens there.
     start = time.monotonic()
-    message = refusal(prepare, name, dataset_dir(name, data_dir=tmp_path))
+    message = refusal(prepare, name, dataset_dir(name, data_dir=tmp_path), None)
     assert time.monotonic() - start < 30  # TFDS alone retries for three minutes.
     assert f"{name} cannot be downloaded" in message
     assert "archives" in message
@@ -267,8 +315,9 @@ def test_a_damaged_archive_is_refused_before_anything_is_written(tmp_path):
     archives = write_subset(tmp_path / "archives", num_train=3, num_test=2)
     labels = archives / "t10k-labels-idx1-ubyte.gz"
     labels.write_bytes(gzip.compress(idx(np.array([3, 12], np.uint8))))
-    directory = dataset_dir("mnist", data_dir=tmp_path / "data", archives=archives)
-    assert "holds the label 12" in refusal(prepare, "mnist", directory, archives=archives)
+    files = find_archives(archives)
+    directory = dataset_dir("mnist", data_dir=tmp_path / "data", files=files)
+    assert "holds the label 12" in refusal(prepare, "mnist", directory, files)
     assert not (tmp_path / "data").exists()
 
 

@@ -2,13 +2,13 @@
 
 import functools
 import hashlib
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,13 +30,15 @@ from mnist_flax.data import (
     split_indices,
 )
 
+TESTS = str(Path(__file__).parent)
+
 TRAIN_COUNTS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
-LOAD = """
+STREAM = """
 import sys
 from mnist_flax.data import load_splits
-splits = load_splits("mnist", val_size=10, data_dir=sys.argv[1], archives=sys.argv[2])
+splits = load_splits("mnist", val_size=10, data_dir=sys.argv[1], archives=sys.argv[2], stream=True)
 print(splits.info.fingerprint)
 """
 
@@ -77,6 +79,14 @@ def subset_dir(tmp_path_factory):
 def subset(archives, subset_dir):
     """The subset, with 100 of its training examples for validation."""
     return load_splits("mnist", val_size=100, data_dir=subset_dir, archives=archives)
+
+
+@pytest.fixture(scope="module")
+def digits_dir(tmp_path_factory):
+    """A data directory in which TFDS prepared scikit-learn's digits."""
+    data_dir = tmp_path_factory.mktemp("digits")
+    digits_builder(data_dir).download_and_prepare()
+    return data_dir
 
 
 class TestMnist:
@@ -123,18 +133,20 @@ class TestMnist:
             digest.update(hashlib.sha256(labels.tobytes()).digest())
         assert splits.info.fingerprint == digest.hexdigest()[:16]
 
-    def test_loading_again_gives_the_same_without_tfds(self, splits, data_dir):
+    def test_it_needs_no_tfds_and_writes_nothing(self, splits, tmp_path):
         code = """
 import sys, time
+from pathlib import Path
 from mnist_flax.data import load_splits
 start = time.perf_counter()
 splits = load_splits("mnist", val_size=5000, data_dir=sys.argv[1])
 seconds = time.perf_counter() - start
 heavy = {"tensorflow", "tensorflow_datasets", "grain", "array_record"} & set(sys.modules)
+assert not list(Path(sys.argv[1]).iterdir())
 print(splits.info.fingerprint, int(splits.train.labels.sum()), sorted(heavy), seconds < 3)
 """
         label_sum = splits.train.labels.sum()
-        assert run(code, data_dir) == f"{splits.info.fingerprint} {label_sum} [] True"
+        assert run(code, tmp_path) == f"{splits.info.fingerprint} {label_sum} [] True"
 
 
 class TestSplitIndices:
@@ -211,25 +223,31 @@ class TestArchives:
     def test_the_data_dir_is_tfds_s_by_default(self, archives, tmp_path, monkeypatch):
         monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
         load_splits("mnist", val_size=1, archives=archives)
+        assert not list(tmp_path.iterdir())
+        load_splits("mnist", val_size=1, archives=archives, stream=True)
         assert [path.name for path in (tmp_path / "mnist").iterdir()] == [
             path.name for path in (tmp_path / "mnist").glob("archives-*")
         ]
 
 
 class TestCache:
+    """What is kept of a dataset that TFDS prepared, once it has been decoded."""
+
     @pytest.fixture
-    def directory(self, subset, subset_dir, archives):
-        """Where the subset is prepared, and kept decoded."""
-        return next(
-            path.parent
-            for path in subset_dir.glob("mnist/*/3.0.1/decoded.json")
-            if json.loads(path.read_text())["fingerprint"] == subset.info.fingerprint
-        )
+    def load(self, digits_dir):
+        return functools.partial(load_splits, "digits", val_size=100, data_dir=digits_dir)
+
+    @pytest.fixture
+    def digits(self, load):
+        return load()
+
+    @pytest.fixture
+    def directory(self, digits, digits_dir):
+        """Where the dataset is prepared, and kept decoded."""
+        return digits_dir / "digits" / "1.0.0"
 
     @pytest.mark.parametrize("damage", ["truncated", "empty", "absent", "not a zip"])
-    def test_damaged_arrays_are_decoded_again(
-        self, directory, subset, archives, subset_dir, damage
-    ):
+    def test_damaged_arrays_are_decoded_again(self, directory, digits, load, damage):
         path = directory / "decoded.npz"
         content = path.read_bytes()
         if damage == "absent":
@@ -237,58 +255,72 @@ class TestCache:
         else:
             damaged = {"truncated": content[:-1000], "empty": b"", "not a zip": b"x" * 100}[damage]
             path.write_bytes(damaged)
-        splits = load_splits("mnist", val_size=100, data_dir=subset_dir, archives=archives)
-        assert same(splits.train, subset.train)
-        assert same(splits.test, subset.test)
+        splits = load()
+        assert same(splits.train, digits.train)
+        assert same(splits.test, digits.test)
         # Not the same bytes: a zip file holds the time at which it was written.
         assert len(path.read_bytes()) == len(content)
 
-    def test_a_flipped_byte_anywhere_changes_nothing_that_is_loaded(
-        self, directory, subset, archives, subset_dir
-    ):
+    def test_a_flipped_byte_anywhere_changes_nothing_that_is_loaded(self, directory, digits, load):
         path = directory / "decoded.npz"
         rng = random.Random(0)
         for _ in range(12):
             content = bytearray(path.read_bytes())
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             path.write_bytes(content)
-            splits = load_splits("mnist", val_size=100, data_dir=subset_dir, archives=archives)
-            assert same(splits.train, subset.train)
-            assert same(splits.test, subset.test)
+            splits = load()
+            assert same(splits.train, digits.train)
+            assert same(splits.test, digits.test)
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "mnist"}'])
-    def test_damaged_info_is_written_again(self, directory, subset, archives, subset_dir, content):
+    def test_damaged_info_is_written_again(self, directory, digits, load, content):
         path = directory / "decoded.json"
         before = path.read_text()
         path.write_text(content)
-        splits = load_splits("mnist", val_size=100, data_dir=subset_dir, archives=archives)
-        assert splits.info == subset.info
+        assert load().info == digits.info
         assert path.read_text() == before
 
-    def test_damaged_records_are_named_when_they_are_needed(
-        self, directory, subset, archives, subset_dir
-    ):
+    def test_damaged_records_are_named_when_they_are_needed(self, directory, digits, load):
         (records,) = directory.glob("*test.array_record*")
         good = records.read_bytes()
         bad = bytearray(good)
         bad[len(bad) // 2 :] = bytes(len(bad) - len(bad) // 2)
-        arguments = {"val_size": 100, "data_dir": subset_dir, "archives": archives}
         records.write_bytes(bad)
-        assert same(load_splits("mnist", **arguments).test, subset.test)  # They are not needed.
+        assert same(load().test, digits.test)  # They are not needed.
         (directory / "decoded.npz").unlink()
-        message = refusal(load_splits, "mnist", **arguments)
+        message = refusal(load)
         assert str(directory) in message
         assert "damaged" in message
         records.write_bytes(good)
-        assert same(load_splits("mnist", **arguments).test, subset.test)
+        assert same(load().test, digits.test)
 
-    def test_what_a_killed_writer_left_goes_away(self, directory, subset, archives, subset_dir):
+    def test_what_a_killed_writer_left_goes_away(self, directory, digits, load):
         partial = directory / "decoded.npz.partial"
         partial.write_bytes(b"half")
         (directory / "decoded.npz").unlink()
-        splits = load_splits("mnist", val_size=100, data_dir=subset_dir, archives=archives)
-        assert same(splits.train, subset.train)
+        assert same(load().train, digits.train)
         assert not partial.exists()
+
+    def test_later_loads_import_no_tfds(self, digits, digits_dir):
+        code = """
+import sys
+from mnist_flax.data import load_splits
+splits = load_splits("digits", val_size=100, data_dir=sys.argv[1])
+print(splits.info.fingerprint, {"tensorflow_datasets", "array_record"} & set(sys.modules))
+"""
+        assert run(code, digits_dir) == f"{digits.info.fingerprint} set()"
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only directory")
+    def test_a_prepared_dataset_that_is_shared_read_only_loads(self, directory, digits, load):
+        (directory / "decoded.npz").unlink()
+        directory.chmod(0o555)
+        directory.parent.chmod(0o555)
+        try:
+            assert same(load().train, digits.train)
+            assert not (directory / "decoded.npz").exists()
+        finally:
+            directory.parent.chmod(0o755)
+            directory.chmod(0o755)
 
 
 class TestProcesses:
@@ -297,7 +329,7 @@ class TestProcesses:
         rng = random.Random(0)
         seen = set()
         for delay in (0.0, rng.uniform(0, 0.5), rng.uniform(0.5, 1), rng.uniform(1, 1.5)):
-            process = start(LOAD, tmp_path / "data", archives)
+            process = start(STREAM, tmp_path / "data", archives)
             deadline = time.monotonic() + 60
             while process.poll() is None and time.monotonic() < deadline:
                 if new := set(tmp_path.glob("data/mnist/*/*3.0.1/")) - seen:
@@ -308,10 +340,11 @@ class TestProcesses:
             process.send_signal(signal.SIGKILL)
             process.communicate()
             assert delay or process.returncode == -signal.SIGKILL
-        splits = load_splits("mnist", val_size=0, data_dir=tmp_path / "data", archives=archives)
+        arguments = {"val_size": 0, "data_dir": tmp_path / "data", "archives": archives}
+        splits = load_splits("mnist", **arguments, stream=True)
         labels = raw_bytes("train-labels-idx1-ubyte")[:4000]
         images = raw_bytes("train-images-idx3-ubyte").reshape(-1, 28, 28, 1)[:4000]
-        assert same(splits.train, (images, labels))
+        assert same(splits.train.take(np.arange(4000)), (images, labels))
         assert splits.test.num_examples == 500
         (config,) = (tmp_path / "data" / "mnist").iterdir()
         assert sorted(path.name for path in config.iterdir()) == ["3.0.1", "3.0.1.lock"]
@@ -319,7 +352,7 @@ class TestProcesses:
         assert [path.name for path in (tmp_path / "data").iterdir()] == ["mnist"]
 
     def test_two_at_once_load_the_same(self, tmp_path, archives, subset):
-        processes = [start(LOAD, tmp_path, archives) for _ in range(2)]
+        processes = [start(STREAM, tmp_path, archives) for _ in range(2)]
         for process in processes:
             out, err = process.communicate(timeout=120)
             assert process.returncode == 0, err
@@ -346,55 +379,156 @@ print(batch.images.shape, sorted(late & set(sys.modules)))
         ]
 
     # What a full disk does to a writer, without filling one: a limit on the size of a file.
-    @pytest.mark.parametrize(("limit", "what"), [(50_000, "prepare"), (400_000, "write")])
-    def test_a_disk_that_takes_no_more_is_one_clear_line(
-        self, tmp_path, archives, subset, limit, what
-    ):
+    def test_a_disk_that_takes_no_more_is_one_clear_line(self, tmp_path, archives, subset):
         code = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 from mnist_flax.data import load_splits
 try:
-    load_splits("mnist", val_size=10, data_dir=sys.argv[1], archives=sys.argv[2])
+    load_splits("mnist", val_size=10, data_dir=sys.argv[1], archives=sys.argv[2], stream=True)
 except ValueError as error:
     print(type(error).__name__, error)
 """
-        limited = run(code, tmp_path, archives, limit)
-        assert limited.startswith(f"InputError cannot {what}")
+        limited = run(code, tmp_path, archives)
+        assert limited.startswith("InputError cannot prepare")
         assert "File too large" in limited
         assert str(tmp_path) in limited
         assert len(limited.splitlines()) == 1
-        assert not list(tmp_path.rglob("*partial*"))
         assert not list(tmp_path.rglob("incomplete*"))
-        assert run(LOAD, tmp_path, archives) == subset.info.fingerprint
+        assert run(STREAM, tmp_path, archives) == subset.info.fingerprint
 
-    def test_a_data_dir_that_cannot_be_made_is_one_clear_line(self, tmp_path, archives):
+    def test_a_disk_that_takes_no_arrays_is_one_clear_line(self, tmp_path):
+        digits_builder(tmp_path).download_and_prepare()
+        code = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+from mnist_flax.data import load_splits
+try:
+    load_splits("digits", val_size=10, data_dir=sys.argv[1])
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+        limited = run(code, tmp_path)
+        assert limited.startswith("InputError cannot write")
+        assert "File too large" in limited
+        assert len(limited.splitlines()) == 1
+        assert not list(tmp_path.rglob("*partial*"))
+
+    def test_a_data_dir_that_cannot_be_made_is_one_clear_line(self, tmp_path, archives, subset):
         (tmp_path / "file").write_text("")
-        message = refusal(
-            load_splits, "mnist", val_size=1, data_dir=tmp_path / "file", archives=archives
-        )
-        assert str(tmp_path / "file") in message
+        arguments = {"val_size": 100, "data_dir": tmp_path / "file", "archives": archives}
+        assert same(load_splits("mnist", **arguments).train, subset.train)  # It needs none.
+        assert str(tmp_path / "file") in refusal(load_splits, "mnist", **arguments, stream=True)
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only directory")
-    def test_a_data_dir_that_is_read_only_is_one_clear_line(self, tmp_path, archives):
+    def test_a_data_dir_that_is_read_only_is_one_clear_line(self, tmp_path, archives, subset):
         tmp_path.chmod(0o555)
-        message = refusal(load_splits, "mnist", val_size=1, data_dir=tmp_path, archives=archives)
+        arguments = {"val_size": 100, "data_dir": tmp_path, "archives": archives}
+        assert same(load_splits("mnist", **arguments).train, subset.train)
+        message = refusal(load_splits, "mnist", **arguments, stream=True)
         assert str(tmp_path) in message
         assert "Permission denied" in message
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only directory")
-    def test_a_prepared_dataset_that_is_shared_read_only_loads(self, tmp_path, archives, subset):
-        arguments = {"val_size": 100, "data_dir": tmp_path, "archives": archives}
-        load_splits("mnist", **arguments)
-        (directory,) = tmp_path.glob("mnist/*/3.0.1")
-        (directory / "decoded.npz").unlink()
-        directory.chmod(0o555)
-        directory.parent.chmod(0o555)
-        assert same(load_splits("mnist", **arguments).train, subset.train)
-        assert not (directory / "decoded.npz").exists()
+    @pytest.mark.parametrize("kind", [str, Path])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_data_dir_elsewhere_is_refused(self, kind, stream):
+        address = kind("gs://bucket/tfds")
+        refused = refusal(load_splits, "mnist", data_dir=address, stream=stream)
+        assert "data_dir must be a local path" in refused
+        assert not list(Path().glob("gs:*"))
 
-    def test_a_data_dir_elsewhere_is_refused(self):
-        assert "local" in refusal(load_splits, "mnist", val_size=1, data_dir="gs://bucket/tfds")
+    def test_a_data_dir_elsewhere_in_the_environment_matters_only_where_needed(self, monkeypatch):
+        monkeypatch.setenv("TFDS_DATA_DIR", "gs://tfds-data/datasets")
+        assert load_splits("mnist").val.num_examples == 5000
+        assert "must be a local path" in refusal(load_splits, "mnist", stream=True)
+
+    def test_a_tilde_is_the_home_directory(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        digits_builder(tmp_path / "data").download_and_prepare()
+        assert load_splits("digits", val_size=1, data_dir="~/data").info.name == "digits"
+
+    def test_a_user_without_a_home_trains_on_mnist(self, tmp_path):
+        # What a container does with a random user id: neither HOME nor an entry in passwd.
+        code = """
+import os, pwd
+def unknown(uid):
+    raise KeyError(uid)
+pwd.getpwuid = unknown
+for variable in ("HOME", "TFDS_DATA_DIR"):
+    os.environ.pop(variable, None)
+from mnist_flax import InputError, load_splits
+print(load_splits("mnist").info.fingerprint)
+try:
+    load_splits("mnist", stream=True)
+except InputError as error:
+    print(error)
+"""
+        fingerprint, refused = run(code).splitlines()
+        assert fingerprint == "9c723dd0d6c9788c"
+        assert "data_dir is ~/tensorflow_datasets, but this user has no home directory" in refused
+
+
+class TestWithoutTfds:
+    """Colab cannot import it beside its protobuf, and elsewhere it may not be installed."""
+
+    BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names}:
+            raise TypeError("Descriptors cannot be created directly.\\nIf this call came from ...")
+sys.meta_path.insert(0, Blocker())
+from mnist_flax import InputError, load_splits
+splits = load_splits("mnist")
+print(splits.info.fingerprint)
+for arguments in ({{"name": "mnist", "stream": True}}, {{"name": "kmnist"}}):
+    try:
+        load_splits(**arguments, data_dir=sys.argv[1])
+    except InputError as error:
+        print(error)
+"""
+
+    @pytest.mark.parametrize("absent", ["tensorflow_datasets", "array_record", "grain"])
+    def test_mnist_loads_and_the_rest_is_one_clear_line(self, tmp_path, absent):
+        code = self.BLOCKED.format(names=repr({absent}))
+        fingerprint, *refused = run(code, tmp_path).splitlines()
+        assert fingerprint == "9c723dd0d6c9788c"
+        assert len(refused) == 2
+        for message in refused:
+            assert "Descriptors cannot be created directly." in message
+            assert "pip install 'mnist_flax[tfds]'" in message
+        assert not list(tmp_path.iterdir())
+
+    def test_a_run_imports_neither_tfds_nor_an_installed_tensorflow(self, tmp_path):
+        package = tmp_path / "tensorflow"
+        package.mkdir()
+        (package / "__init__.py").write_text("raise RuntimeError('tensorflow was imported')")
+        code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import dataclasses
+from conftest import RECIPE, head
+from mnist_flax import fit, load_splits
+splits = load_splits("mnist")
+splits = dataclasses.replace(splits, train=head(splits.train, 200), val=head(splits.val, 500))
+fit(dataclasses.replace(RECIPE, epochs=1), splits, workdir={str(tmp_path / "run")!r})
+print(sorted({{"tensorflow", "tensorflow_datasets"}} & set(sys.modules)))
+"""
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([TESTS, *sys.path])}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.strip() == "[]", done.stderr
+        assert (tmp_path / "run" / "checkpoints").is_dir()
+
+    def test_streaming_imports_no_installed_tensorflow(self, tmp_path, archives):
+        package = tmp_path / "tensorflow"
+        package.mkdir()
+        (package / "__init__.py").write_text("raise RuntimeError('tensorflow was imported')")
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})" + STREAM
+        assert run(code, tmp_path / "data", archives) == (
+            load_splits("mnist", val_size=10, archives=archives).info.fingerprint
+        )
 
 
 def load_digits():

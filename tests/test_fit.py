@@ -15,6 +15,7 @@ from conftest import MODEL, RECIPE, head
 from flax import nnx
 from tensorboardX.proto import event_pb2
 
+from mnist_flax.compat import as_pure
 from mnist_flax.data import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluate import _whole_logits, evaluate, predict
@@ -73,7 +74,7 @@ def test_every_seed_draws_its_own_parameters(small):
         recipe = dataclasses.replace(RECIPE, seed=seed)
         state = initial_state(recipe, small.info, steps=24, mesh=data_mesh())
         key = draw_key(jax.random.key(seed), Purpose.INIT, 0)
-        own = nnx.as_pure(nnx.state(CNN(MODEL, rngs=nnx.Rngs(params=key)), nnx.Param))
+        own = as_pure(nnx.state(CNN(MODEL, rngs=nnx.Rngs(params=key)), nnx.Param))
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, own
         )

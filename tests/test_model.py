@@ -10,6 +10,7 @@ import pytest
 import scipy.special
 from flax import nnx
 
+from mnist_flax.compat import as_pure
 from mnist_flax.errors import InputError
 from mnist_flax.model import (
     CNN,
@@ -316,12 +317,12 @@ def test_bfloat16_rounds_what_is_multiplied_and_nothing_else(separable):
 
 def test_evaluation_changes_nothing_and_training_moves_statistics():
     model = CNN(SEED.model, rngs=nnx.Rngs(0))
-    before = jax.tree.map(np.asarray, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
+    before = jax.tree.map(np.asarray, as_pure(nnx.state(model, nnx.BatchStat)))
     model(images(4))
-    unchanged = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+    unchanged = as_pure(nnx.state(model, nnx.BatchStat))
     assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(unchanged)))
     model(images(4), train=True, key=jax.random.key(0))
-    moved = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+    moved = as_pure(nnx.state(model, nnx.BatchStat))
     assert not any(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(moved)))
 
 
