@@ -26,7 +26,7 @@ import numpy as np
 from mnist_flax import command_line
 from mnist_flax.data import load_splits
 from mnist_flax.errors import InputError
-from mnist_flax.workdir import write_json
+from mnist_flax.workdir import require_directory, write_json
 
 HERE = Path(__file__).parent
 CONTENDERS = HERE / "contenders"
@@ -300,6 +300,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 def main(arguments):
     """Measures, prints a table and writes a JSON file."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
+    require_directory(command.out.parent, "out's directory")
     command_line.backend_of_children()
     splits = load_splits("mnist", val_size=0, seed=0)
     results: dict[str, Any] = {"gflops": matrix_product(), "cores": os.cpu_count()}

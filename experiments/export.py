@@ -135,7 +135,7 @@ def main(arguments):
     if splits.info.fingerprint != run.info.fingerprint:
         raise InputError(f"{run.workdir} was trained on other data; give its --archives")
     shape, names = run.info.image_shape, run.info.class_names
-    images_NHWC = splits.test.images / np.float32(255)
+    images_NHWC = np.asarray(splits.test.images) / np.float32(255)
     expected_NK = predict(run.state, images_NHWC)
     precisions = {config.precision for config in (run.recipe.model, *run.recipe.columns)}
     half = BFLOAT16_TOLERANCE * float(np.abs(expected_NK).max())

@@ -18,7 +18,8 @@ from typing import Any
 try:
     atheris: Any = importlib.import_module("atheris")  # of the extra, so type checkers may lack it
 except ImportError:
-    sys.exit("error: fuzzing needs atheris: pip install -e '.[fuzz]'")
+    print("error: fuzzing needs atheris: pip install -e '.[fuzz]'", file=sys.stderr)
+    sys.exit(2)
 
 with atheris.instrument_imports(include=["mnist_flax"]):
     from mnist_flax import archives, command_line, digits, recipes

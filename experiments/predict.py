@@ -16,6 +16,7 @@ import tyro
 
 from mnist_flax import command_line
 from mnist_flax.errors import InputError
+from mnist_flax.workdir import require_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,8 @@ def main(arguments):
         raise InputError("name a run directory and at least one picture; see --help")
     if command.show is not None and command.show.is_dir():
         raise InputError(f"show is {command.show}, a directory; name a PNG file")
+    if command.show is not None:
+        require_directory(command.show.parent, "show's directory")
     command_line.begin()
 
     import numpy as np
@@ -97,6 +100,7 @@ def main(arguments):
             columns=min(8, len(shown)),
             rows=-(-len(shown) // 8),
         )
+        command.show.parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, command.show)
     if command.json:
         print(json.dumps(answers, indent=2))

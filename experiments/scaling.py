@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import InputError
 from mnist_flax.recipes import Recipe
+from mnist_flax.workdir import require_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +144,7 @@ def main(arguments):
     """Prints a table, writes scaling.json and scaling.png."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     recipe = dataclasses.replace(command_line.named_recipe(command.recipe), val_size=0)
+    require_directory(command.workdir, "workdir")
     command_line.begin(cpu_devices=runtime.share_cores(recipe.batch_size))
 
     import numpy as np
