@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PEERS := torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
 
-.PHONY: train test lint bench determinism demo clean
+.PHONY: train test test-all lint bench determinism demo clean
 
 train: .venv/installed
 	$(BIN)/python experiments/train.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What takes longer, too; nothing is skipped where Chromium and Debian's dataset-fashion-mnist are.
+test-all: .venv/all
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -37,6 +41,11 @@ bench: .venv/installed .venv-peers/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/all: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,demo,fuzz]'
+	$(BIN)/python -m pip install --quiet playwright
 	touch $@
 
 clean:
