@@ -1,15 +1,24 @@
 # Everything runs in .venv, made from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+COMPAT_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>&- || echo $(PYTHON))
+COMPAT_TESTS := $(addprefix tests/test_, $(addsuffix .py, api archives checkpoint data evaluate fit \
+  metrics model moments notebook optimizer runtime steps stopping stream))
 PEERS := torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
 
-.PHONY: train test lint bench determinism demo clean
+.PHONY: train test compat lint bench determinism demo clean
 
 train: .venv/installed
 	$(BIN)/python experiments/train.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The oldest and the newest versions of what the package stands on, with Python 3.13 if it is there.
+compat: .venv-oldest/installed .venv-newest/installed
+	for versions in oldest newest; do \
+	  .venv-$$versions/bin/python -m pytest -n 2 --dist loadfile $(COMPAT_TESTS) || exit 1; \
+	done
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -36,8 +45,13 @@ bench: .venv/installed .venv-peers/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,export,lint]'
+	touch $@
+
+.venv-oldest/installed .venv-newest/installed: .venv-%/installed: pyproject.toml compat/%.txt
+	$(COMPAT_PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --constraint compat/$*.txt --editable '.[test]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers
+	rm -rf .venv .venv-peers .venv-oldest .venv-newest
