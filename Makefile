@@ -1,9 +1,12 @@
 # Everything runs in .venv, made from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+COMPAT_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>&- || echo $(PYTHON))
+COMPAT_TESTS := $(addprefix tests/test_, $(addsuffix .py, api archives checkpoint data evaluate fit \
+  metrics model moments notebook optimizer runtime steps stopping stream))
 PEERS := torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
 
-.PHONY: train test test-all lint bench determinism demo clean
+.PHONY: train test test-all compat lint bench determinism demo clean
 
 train: .venv/installed
 	$(BIN)/python experiments/train.py
@@ -14,6 +17,12 @@ test: .venv/installed
 # What takes longer, too; nothing is skipped where Chromium and Debian's dataset-fashion-mnist are.
 test-all: .venv/all
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
+
+# The oldest and the newest versions of what the package stands on, with Python 3.13 if it is there.
+compat: .venv-oldest/installed .venv-newest/installed
+	for versions in oldest newest; do \
+	  .venv-$$versions/bin/python -m pytest -n 2 --dist loadfile $(COMPAT_TESTS) || exit 1; \
+	done
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -40,13 +49,18 @@ bench: .venv/installed .venv-peers/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,export,lint]'
+	touch $@
+
+.venv-oldest/installed .venv-newest/installed: .venv-%/installed: pyproject.toml compat/%.txt
+	$(COMPAT_PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --constraint compat/$*.txt --editable '.[test]'
 	touch $@
 
 .venv/all: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,demo,fuzz]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,export,lint,demo,fuzz]'
 	$(BIN)/python -m pip install --quiet playwright
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers
+	rm -rf .venv .venv-peers .venv-oldest .venv-newest

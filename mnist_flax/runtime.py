@@ -110,9 +110,34 @@ def start() -> None:
 
 
 def describe_devices() -> str:
-    """Returns the devices in words, as one line."""
-    device = jax.devices()[0]
-    return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+    """Returns JAX's devices in words: "cpu: 2 devices (cpu)", "gpu: 1 device (NVIDIA H200)".
+
+    Where JAX has only the CPU although an accelerator is attached, a second sentence says so.
+    """
+    devices = jax.devices()
+    kinds = ", ".join(dict.fromkeys(device.device_kind for device in devices))
+    count = f"{len(devices)} device{'s' if len(devices) > 1 else ''}"
+    text = f"{devices[0].platform}: {count} ({kinds})"
+    attached = _attached_accelerator() if devices[0].platform == "cpu" else None
+    if attached is None:
+        return text
+    extra = "cuda12" if attached == "GPU" else "tpu"
+    return (
+        f"{text}. A {attached} is attached, but JAX does not use it: look at JAX_PLATFORMS, or "
+        f"pip install 'jax[{extra}]=={jax.__version__}'"
+    )
+
+
+def _attached_accelerator() -> str | None:
+    """Returns "GPU" or "TPU" if the operating system or Colab tells of one."""
+    # Drivers make these files, and containers are given them; a newer TPU's is a VFIO group, which
+    # other hardware has too, but its machine sets a variable.
+    if list(Path("/dev").glob("nvidia[0-9]*")) or Path("/proc/driver/nvidia/version").exists():
+        return "GPU"
+    variables = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "COLAB_TPU_ADDR")
+    if list(Path("/dev").glob("accel[0-9]*")) or any(os.environ.get(name) for name in variables):
+        return "TPU"
+    return "GPU" if os.environ.get("COLAB_GPU", "0") not in ("", "0") else None
 
 
 def _cache() -> Path | None:

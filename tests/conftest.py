@@ -21,6 +21,8 @@ from mnist_flax.recipes import (
 # Most of the tests' time is compilation; LLVM's first level saves a sixth of the whole. Tests of
 # what the bits of several devices and processes depend on clear the variable, as users leave it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+if not hasattr(jax, "enable_x64"):  # its place until jax 0.8
+    jax.enable_x64 = jax.experimental.enable_x64
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 

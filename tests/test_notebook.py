@@ -4,6 +4,7 @@ import base64
 import struct
 from pathlib import Path
 
+import jax
 import nbformat
 import pytest
 from ipykernel.kernelspec import write_kernel_spec
@@ -41,6 +42,11 @@ def printed(cell) -> str:
 def test_every_cell_runs_once_in_order(executed):
     code = [cell for cell in executed.values() if cell.cell_type == "code" and cell.source]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+
+
+def test_prints_the_device(executed):
+    [line] = printed(executed["imports"]).splitlines()
+    assert line.startswith(f"JAX {jax.__version__}, cpu: ")
 
 
 def test_trains_and_evaluates_once(executed):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -163,3 +164,34 @@ def test_the_first_signal_is_noted_and_the_second_has_its_default_action():
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+class TestDescribeDevices:
+    @pytest.mark.parametrize(
+        ("variables", "words"),
+        [
+            (
+                {"COLAB_GPU": "1"},
+                "A GPU is attached, but JAX does not use it: look at JAX_PLATFORMS",
+            ),
+            ({"TPU_ACCELERATOR_TYPE": "v5litepod-1"}, "A TPU is attached"),
+            ({}, ""),
+            ({"COLAB_GPU": "0"}, ""),
+            ({"COLAB_GPU": ""}, ""),
+        ],
+    )
+    @pytest.mark.skipif(
+        any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev").glob("accel[0-9]*")),
+        reason="this machine has an accelerator",
+    )
+    def test_says_in_words_that_an_attached_accelerator_is_not_used(
+        self, monkeypatch, variables, words
+    ):
+        for name in ("COLAB_GPU", "TPU_NAME", "TPU_ACCELERATOR_TYPE", "COLAB_TPU_ADDR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        described = runtime.describe_devices()
+        assert described.startswith("cpu: 1 device (cpu)")
+        assert words in described
+        assert ("attached" in described) == bool(words)
