@@ -174,8 +174,10 @@ def relu_norm_pool(
     )
     # Apart from what comes before, so that XLA rounds them alike in every program.
     mean_C, var_C = jax.lax.optimization_barrier((mean_C, var_C))
-    norm.mean[...] = norm.momentum * norm.mean[...] + (1 - norm.momentum) * mean_C
-    norm.var[...] = norm.momentum * norm.var[...] + (1 - norm.momentum) * var_C
+    for running, now_C in ((norm.mean, mean_C), (norm.var, var_C)):
+        old_C = running[...]
+        new_C = norm.momentum * old_C + (1 - norm.momentum) * now_C
+        running[...] = new_C.astype(old_C.dtype)  # of images in float64, too
     return outputs_BHWC
 
 
@@ -408,7 +410,9 @@ class CNN(nnx.Module):
         `train_step` and `eval_step` call it. Augmentation comes after it: normalization would take
         back most of a shift, a shear and a zoom.
         """
-        return self.ops.materialize(normalize, images_BHWC) if self.config.normalize else images_BHWC
+        return (
+            self.ops.materialize(normalize, images_BHWC) if self.config.normalize else images_BHWC
+        )
 
     def features(self, images_BHWC: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the activations [B, F] that the classifier sees, before Dropout.

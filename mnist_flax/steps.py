@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 from mnist_flax.data import Examples
 from mnist_flax.metrics import Metrics
 from mnist_flax.ops import Ops
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
+T = TypeVar("T")
 
 
 class Purpose(enum.IntEnum):
@@ -130,6 +133,41 @@ def prepared(model: Any, images_BHWC: jax.Array | np.ndarray) -> jax.Array:
     return model.prepare(images_BHWC) if hasattr(model, "prepare") else images_BHWC
 
 
+def on_auto_axes(fun: Callable[..., T], *operands: Any, out_specs: Any) -> T:
+    """Returns `fun(*operands)`; within it the mesh's Explicit axes are Auto ones.
+
+    Otherwise each operation of a model, a loss and an augmentation would have to say how its result
+    is sharded. Without Explicit axes it is a call.
+
+    Args:
+      fun: the function.
+      *operands: pytrees.
+      out_specs: the `PartitionSpec`s of the result, as a prefix of its tree.
+    """
+    leaves, treedef = jax.tree.flatten(operands)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+    # The mesh in context (`jax.set_mesh`), or the one that an array's type names.
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [jax.typeof(array).sharding.mesh for array in arrays.values()]
+    mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(axis for axis, type_ in types if type_ == AxisType.Explicit)
+    if not explicit:
+        return fun(*operands)
+
+    def call(arrays):
+        own = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return fun(*jax.tree.unflatten(treedef, own))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(call, axes=explicit, out_sharding=out_specs)(arrays)
+
+
+def specs_of(tree: Any) -> Any:
+    """Returns how Explicit mesh axes divide each array of a tree."""
+    return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
+
+
 def train_step(
     state: TrainState,
     batch: Examples,
@@ -156,6 +194,19 @@ def train_step(
       The state after the step, and the batch's metrics under the parameters before it: the
       (smoothed) training loss and the accuracy with Dropout and augmentation on.
     """
+    step = functools.partial(_train_step, augment=augment, augment_steps=augment_steps)
+    options = {"label_smoothing": label_smoothing, "dropout_rate": dropout_rate}
+    out_specs = specs_of(state), PartitionSpec()
+    return on_auto_axes(
+        lambda state, batch, options: step(state, batch, **options),
+        state,
+        batch,
+        options,
+        out_specs=out_specs,
+    )
+
+
+def _train_step(state, batch, *, augment, augment_steps, label_smoothing, dropout_rate):
     images_BHWC = prepared(to_model(state), batch.images)
     if augment is not None:
         plain_BHWC = images_BHWC
@@ -226,9 +277,14 @@ def eval_logits(
       view: what to show the model of the images after its own `prepare`, such as an augmentation
         with its key; None shows the images as they are.
     """
-    model = to_model(state)
-    images_BHWC = prepared(model, images_BHWC)
-    return model(images_BHWC if view is None else view(images_BHWC), train=False)
+
+    def logits(state, images_BHWC, view):
+        model = to_model(state)
+        images_BHWC = prepared(model, images_BHWC)
+        return model(images_BHWC if view is None else view(images_BHWC), train=False)
+
+    batch_axes = jax.typeof(images_BHWC).sharding.spec[:1]
+    return on_auto_axes(logits, state, images_BHWC, view, out_specs=PartitionSpec(*batch_axes))
 
 
 def eval_step(state: TrainState, batch: Examples) -> Metrics:
