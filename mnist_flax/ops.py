@@ -1,7 +1,7 @@
 """A network's operations as a value, in plain `lax` and in the forms that CPUs and GPUs run fast.
 
-    Ops                                                 the operations; REFERENCE, CPU and GPU are some
-    for_platform(platform) -> Ops                       the fastest there
+    Ops                             the operations; REFERENCE, CPU and GPU are some
+    for_platform(platform) -> Ops   the fastest there
 
     ops.conv(lhs_BHWC, rhs_HWIO, strides, padding, ...)                 -> out_BHWO
     ops.separable_conv(x_BHWC, depth_IJC, point_CO, *, padding)         -> out_BHWO
@@ -15,8 +15,8 @@ pool, for XLA scatters the gradient of max-pooling and has no form of that which
 order each time. They have the same values, and gradients written by hand: reverse mode of any order
 (`jax.grad` of `jax.grad`), but no forward mode (`jvp`, `jacfwd`, `hessian`).
 
-The choice is made outside of any trace, and travels with the model (`CNN(config, ops=...)`): a static
-part of its graph definition, so `jax.jit` keeps programs of different operations apart.
+The choice is made outside of any trace, and travels with the model (`CNN(config, ops=...)`): a
+static part of its graph definition, so `jax.jit` keeps programs of different operations apart.
 
 A sharded batch is worked on where it lies: `_on_each_device` says how.
 
@@ -42,9 +42,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from mnist_flax import winograd
+from mnist_flax.winograd import chunk_rows, chunked, joined
 
 BATCH_AXIS = "data"  # the mesh axis that `fit` shards a batch over
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -60,15 +61,15 @@ class Ops:
       conv: `conv(lhs, rhs, window_strides, padding, ...)`, as `lax.conv_general_dilated` and for
         `nnx.Conv`, which takes it as `conv_general_dilated`.
       separable_conv: `separable_conv(x_BHWC, depth_IJC, point_CO, *, padding)` convolves each
-        channel by its own kernel, depth[i, j, c], then applies the matrix point[c, o] over channels;
-        padding is "SAME" or "VALID". Returns [B, H', W', O], in the inputs' dtype.
+        channel by its own kernel, depth[i, j, c], then applies the matrix point[c, o] over
+        channels; padding is "SAME" or "VALID". Returns [B, H', W', O], in the inputs' dtype.
       max_pool: `max_pool(x_BHWC, *, window)` returns the maximum of each `window` x `window` block,
         [B, H // window, W // window, C]; what is left over is dropped. Among equal maxima the first
         in row-major order receives the gradient.
       relu_norm_pool: `relu_norm_pool(x_BHWC, scale_C, bias_C, *, epsilon, window=1)` is ReLU, then
-        BatchNorm by the statistics of this batch, then max-pooling. Returns the output, and the mean
-        [C] and the biased variance [C] of the ReLU's output over the whole (global) batch: what
-        running statistics follow. The scale may have any sign or be zero.
+        BatchNorm by the statistics of this batch, then max-pooling. Returns the output, and the
+        mean [C] and the biased variance [C] of the ReLU's output over the whole (global) batch:
+        what running statistics follow. The scale may have any sign or be zero.
       materialize: `materialize(function, images_BHWC)` returns `function(images_BHWC)`, of images
         each by itself to as many, computed once however often its values are read.
       few_channels: the operations for networks of few channels; None if they are the same.
@@ -90,10 +91,12 @@ def for_platform(platform: str) -> Ops:
 # The reference: plain `lax` and `nnx`
 
 
-def _reference_separable_conv(
-    x_BHWC, depth_IJC, point_CO, *, padding, conv=lax.conv_general_dilated
-):
-    """With nothing between the two convolutions they are one."""
+def _reference_separable_conv(x_BHWC, depth_IJC, point_CO, *, padding):
+    return _one_conv(lax.conv_general_dilated, x_BHWC, depth_IJC, point_CO, padding)
+
+
+def _one_conv(conv, x_BHWC, depth_IJC, point_CO, padding):
+    """Convolves once, for with nothing between the two convolutions they are one."""
     kernel_IJCO = jnp.einsum("ijc,co->ijco", depth_IJC, point_CO)
     return conv(x_BHWC, kernel_IJCO, (1, 1), padding, dimension_numbers=NHWC)
 
@@ -147,11 +150,12 @@ def conv(
 ) -> jax.Array:
     """Convolves on the CPU as `lax.conv_general_dilated` does, with its arguments.
 
-    Fast is a stride-1 convolution of one group in NHWC/HWIO order; anything else is handed to `lax`.
+    Fast is a stride-1 convolution of one group in NHWC/HWIO order; anything else is handed to
+    `lax`.
 
     - Square kernels of 2 to 5 pixels and at least 8 channels of input and output: by Winograd's
-      algorithm (`winograd.py`; forward 11 ms, both gradients 16; `lax` 42 and 65). In float32 its
-      rounding errors are up to twice those of a plain sum.
+      algorithm (`winograd.py`; forward 11 ms, both gradients 16; `lax` 42 and 65). Its rounding
+      errors are larger than a plain sum's: `winograd.POINTS` has the factor that bounds them.
     - Others: matrix products of patches, the pixels around each pixel (256 images of 14x14x4 to 16
       channels: forward 0.8 ms; `lax` 1.8).
     - In bfloat16 always patches, summed in float32 and rounded once. Processors with units for it
@@ -213,7 +217,7 @@ def separable_conv(
     the kernel depth[i, j, c] * point[c, o].
     """
     if jnp.finfo(x_BHWC.dtype).bits < 32 or not x_BHWC.size:
-        return _reference_separable_conv(x_BHWC, depth_IJC, point_CO, padding=padding, conv=conv)
+        return _one_conv(conv, x_BHWC, depth_IJC, point_CO, padding)
     pads = lax.padtype_to_pads(x_BHWC.shape[1:3], depth_IJC.shape[:2], (1, 1), padding)
     return _separable_conv(x_BHWC, depth_IJC, point_CO, tuple(pads))
 
@@ -279,9 +283,8 @@ def materialize(function: Callable[[jax.Array], jax.Array], images_BHWC: jax.Arr
 
     def of_chunks(x_BHWC):
         row_bytes = math.prod(x_BHWC.shape[1:]) * x_BHWC.dtype.itemsize
-        chunks = winograd.chunked(x_BHWC, row_bytes=row_bytes, chunk_bytes=CHUNK_BYTES // 8)
-        y = lax.map(function, chunks)
-        return y.reshape(-1, *y.shape[2:])
+        rows = chunk_rows(len(x_BHWC), row_bytes=row_bytes, chunk_bytes=CHUNK_BYTES // 8)
+        return joined(lax.map(function, chunked(x_BHWC, rows)), len(x_BHWC))
 
     return _on_each_device(of_chunks, (images_BHWC,))
 
@@ -326,9 +329,9 @@ def _patch_product(x_BHWC, w_HWIO, padding):
     def of_chunks(x, w):
         # A loop, for XLA would compute the padding anew in each shifted copy.
         row_bytes = H * W * I * J * C * x.dtype.itemsize
-        x = winograd.chunked(_to_bits(x), row_bytes=row_bytes, chunk_bytes=CHUNK_BYTES)
-        y = lax.map(lambda chunk: of_chunk(chunk, w), x)
-        return _from_bits(y, dtype).reshape(-1, H, W, O)
+        rows = chunk_rows(len(x), row_bytes=row_bytes, chunk_bytes=CHUNK_BYTES)
+        y = lax.map(lambda chunk: of_chunk(chunk, w), chunked(_to_bits(x), rows))
+        return joined(_from_bits(y, dtype), len(x))
 
     return _on_each_device(of_chunks, (x_BHWC,), (w_HWIO,))
 
@@ -399,23 +402,57 @@ def _on_each_device(
 
     The compiler would gather a loop over chunks of a sharded batch onto every device. What `fun`
     returns is batched too, or a sum over examples: `total` says so, of all or of each.
+
+    Where the batch lies, of Explicit axes the array's type says. Of Auto axes nothing does, but a
+    mesh in context (`jax.set_mesh`) is the one that the program runs on: the batch is divided over
+    as many of its axes as can share it. Without a mesh in context it is divided into a group for
+    each CPU device, which the compiler divides over those that turn out to hold the batch; on
+    a single one of several devices, the groups are worked on together. Only where the batch is no
+    multiple of the devices, or they do not divide the CPU's devices, is it computed whole on each.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if BATCH_AXIS in mesh.manual_axes else mesh.shape.get(BATCH_AXIS, 1)
-    if devices == 1 or batched[0].shape[0] % devices:
+    mesh, axes = _batch_axes(batched[0])
+    if axes:
+        return _in_shards(fun, batched, shared, total=total, mesh=mesh, axes=axes)
+    groups = math.gcd(len(batched[0]), jax.device_count("cpu")) if mesh.empty else 1
+    if groups == 1:
         return fun(*batched, *shared)
-    batch, all_ = PartitionSpec(BATCH_AXIS), PartitionSpec()
+    divided = [a.reshape(groups, -1, *a.shape[1:]) for a in batched]
+    in_axes = (0,) * len(batched) + (None,) * len(shared)
+    out = jax.vmap(fun, in_axes=in_axes)(*divided, *shared)
+
+    def together(sum_, ys):
+        return jax.tree.map(lambda y: y.sum(0) if sum_ else joined(y, len(batched[0])), ys)
+
+    return jax.tree.map(together, total, out)
+
+
+def _batch_axes(x):
+    """Returns the mesh, and those of its axes that the first axis of `x` is to be divided over."""
+    sharding = jax.typeof(x).sharding
+    mesh = jax.sharding.get_abstract_mesh()
+    mesh = sharding.mesh if mesh.empty else mesh
+    explicit = sharding.spec[0] if sharding.spec else None
+    axes = list(explicit) if isinstance(explicit, tuple) else [explicit] if explicit else []
+    shares = math.prod(mesh.shape[axis] for axis in axes)
+    for axis, type_ in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if type_ == AxisType.Auto and len(x) % (shares * mesh.shape[axis]) == 0:
+            axes.append(axis)
+            shares *= mesh.shape[axis]
+    return mesh, tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
+def _in_shards(fun, batched, shared, *, total, mesh, axes):
+    batch, all_ = PartitionSpec(axes), PartitionSpec()
 
     def of_local(*local):
-        return jax.tree.map(
-            lambda sum_, y: lax.psum(y, BATCH_AXIS) if sum_ else y, total, fun(*local)
-        )
+        return jax.tree.map(lambda sum_, y: lax.psum(y, axes) if sum_ else y, total, fun(*local))
 
     return jax.shard_map(
         of_local,
+        mesh=mesh,
         in_specs=(batch,) * len(batched) + (all_,) * len(shared),
         out_specs=jax.tree.map(lambda sum_: all_ if sum_ else batch, total),
-        axis_names={BATCH_AXIS},
+        axis_names=set(axes),
         check_vma=False,
     )(*batched, *shared)
 
@@ -436,8 +473,8 @@ def _kernel_gradient(x_BHWC, dy_BHWO, *, size, padding):
         return _product(patches_PT, _from_bits(dy, dtype).reshape(-1, O))
 
     row_bytes = H * W * len(taps) * C * jnp.dtype(dtype).itemsize
-    chunked = functools.partial(winograd.chunked, row_bytes=row_bytes, chunk_bytes=CHUNK_BYTES)
-    chunks = chunked(x_BHWC), chunked(_to_bits(dy_BHWO))
+    rows = chunk_rows(len(x_BHWC), row_bytes=row_bytes, chunk_bytes=CHUNK_BYTES)
+    chunks = chunked(x_BHWC, rows), chunked(_to_bits(dy_BHWO), rows)
     total = jnp.zeros((len(taps) * C, O), jnp.promote_types(dtype, jnp.float32))
     total, _ = lax.scan(lambda sum_, xs: (sum_ + of_chunk(*xs), None), total, chunks)
     return total.reshape(*size, C, O)
@@ -464,18 +501,36 @@ def _pool(x_BHWC, window):
     best, winner = elements[0], jnp.zeros(elements[0].shape, jnp.uint8)
     for n, element in enumerate(elements[1:], 1):
         winner = jnp.where(element > best, jnp.uint8(n), winner)
-        best = jnp.maximum(best, element)
+        best = _maximum(best, element)
     return best, winner
+
+
+@jax.custom_jvp
+def _maximum(x, y):
+    """`jnp.maximum`, whose slope at a tie is x's alone instead of half of each."""
+    return jnp.maximum(x, y)
+
+
+@_maximum.defjvp
+def _maximum_jvp(primals, tangents):
+    x, y = primals
+    dx, dy = tangents
+    return _maximum(x, y), jnp.where(y > x, dy, dx)
 
 
 def _unpool(y_BHWC, winner_BHWC, window, size):
     """Puts each value where its window's maximum was, in zeros of height and width `size`."""
     B, h, w, C = y_BHWC.shape
     index = jnp.arange(window**2, dtype=jnp.uint8).reshape(1, 1, window, 1, window, 1)
-    x = jnp.where(
-        winner_BHWC[:, :, None, :, None] == index, y_BHWC[:, :, None, :, None], 0
-    ).reshape(B, h * window, w * window, C)
+    x = jnp.where(winner_BHWC[:, :, None, :, None] == index, y_BHWC[:, :, None, :, None], 0)
+    x = jnp.reshape(x, (B, h * window, w * window, C), out_sharding=_own_sharding(y_BHWC))
     return jnp.pad(x, ((0, 0), (0, size[0] - h * window), (0, size[1] - w * window), (0, 0)))
+
+
+def _own_sharding(x):
+    """Returns how Explicit mesh axes divide an array; None where there are none."""
+    sharding = jax.typeof(x).sharding
+    return sharding if any(axis is not None for axis in sharding.spec) else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -507,7 +562,7 @@ def _widened(a_C, *, axis):
 
 def _moments(x, axis):
     mean_C = x.mean(_others(axis))
-    var_C = jnp.maximum((x * x).mean(_others(axis)) - mean_C * mean_C, 0)
+    var_C = _maximum((x * x).mean(_others(axis)) - mean_C * mean_C, 0.0)
     return mean_C, var_C
 
 
@@ -518,7 +573,7 @@ def _relu_norm_pool(x, scale_C, bias_C, epsilon, window, axis):
 
 def _relu_norm_pool_fwd(x, scale_C, bias_C, epsilon, window, axis):
     wide = functools.partial(_widened, axis=axis)
-    pooled = relu = jnp.maximum(x, 0)
+    pooled = relu = nnx.relu(x)  # whose slope at 0 is 0; that of jnp.maximum is 0.5
     winner = None
     mean_C, var_C = _moments(relu, axis)
     if window > 1:

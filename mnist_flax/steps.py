@@ -11,13 +11,14 @@ import enum
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 from mnist_flax.checks import check_image_array, check_label_array
 from mnist_flax.compat import as_pure
@@ -27,6 +28,7 @@ from mnist_flax.metrics import PADDING, Metrics
 from mnist_flax.ops import Ops
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
+T = TypeVar("T")
 
 
 class Purpose(enum.IntEnum):
@@ -212,6 +214,41 @@ def require_share(name: str, value: Any) -> None:
         raise InputError(f"{name} is {value}; give a number in [0, 1)")
 
 
+def on_auto_axes(fun: Callable[..., T], *operands: Any, out_specs: Any) -> T:
+    """Returns `fun(*operands)`; within it the mesh's Explicit axes are Auto ones.
+
+    Otherwise each operation of a model, a loss and an augmentation would have to say how its result
+    is sharded. Without Explicit axes it is a call.
+
+    Args:
+      fun: the function.
+      *operands: pytrees.
+      out_specs: the `PartitionSpec`s of the result, as a prefix of its tree.
+    """
+    leaves, treedef = jax.tree.flatten(operands)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+    # The mesh in context (`jax.set_mesh`), or the one that an array's type names.
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [jax.typeof(array).sharding.mesh for array in arrays.values()]
+    mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(axis for axis, type_ in types if type_ == AxisType.Explicit)
+    if not explicit:
+        return fun(*operands)
+
+    def call(arrays):
+        own = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return fun(*jax.tree.unflatten(treedef, own))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(call, axes=explicit, out_sharding=out_specs)(arrays)
+
+
+def specs_of(tree: Any) -> Any:
+    """Returns how Explicit mesh axes divide each array of a tree."""
+    return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
+
+
 def train_step(
     state: TrainState,
     batch: Examples,
@@ -244,6 +281,19 @@ def train_step(
     """
     require_share("label_smoothing", label_smoothing)
     require_share("dropout_rate", dropout_rate)
+    step = functools.partial(_train_step, augment=augment, augment_steps=augment_steps)
+    options = {"label_smoothing": label_smoothing, "dropout_rate": dropout_rate}
+    out_specs = specs_of(state), PartitionSpec()
+    return on_auto_axes(
+        lambda state, batch, options: step(state, batch, **options),
+        state,
+        batch,
+        options,
+        out_specs=out_specs,
+    )
+
+
+def _train_step(state, batch, *, augment, augment_steps, label_smoothing, dropout_rate):
     labels_B = to_labels(batch.labels, num_examples=len(batch.images))
 
     def loss_fn(params):
@@ -385,9 +435,14 @@ def eval_logits(
     Raises:
       InputError: the images have no such shape or dtype.
     """
-    model = to_model(state)
-    images_BHWC = prepared(model, images_BHWC)
-    return call_model(model, images_BHWC if view is None else view(images_BHWC), train=False)
+
+    def logits(state, images_BHWC, view):
+        model = to_model(state)
+        images_BHWC = prepared(model, images_BHWC)
+        return call_model(model, images_BHWC if view is None else view(images_BHWC), train=False)
+
+    batch_axes = jax.typeof(images_BHWC).sharding.spec[:1]
+    return on_auto_axes(logits, state, images_BHWC, view, out_specs=PartitionSpec(*batch_axes))
 
 
 def eval_step(state: TrainState, batch: Examples) -> Metrics:

@@ -2,14 +2,19 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.special
 from flax import nnx
 
+from mnist_flax import ops
 from mnist_flax.compat import as_pure
 from mnist_flax.errors import InputError
 from mnist_flax.model import (
@@ -23,7 +28,8 @@ from mnist_flax.model import (
     space_to_depth,
 )
 from mnist_flax.moments import normalize
-from mnist_flax.recipes import RECIPES, SEED
+from mnist_flax.recipes import RECIPES, SEED, recipe_state
+from mnist_flax.steps import create_state, eval_logits, to_model, with_ops
 
 
 def count(tree):
@@ -115,6 +121,129 @@ def test_columns_draw_their_own_dropout():
     assert np.abs(first - second).max() > 0.1
     with pytest.raises(InputError, match="needs a key"):
         logits(twice, None)
+
+
+def tiny_columns(own, *, rngs):
+    """One column of a separable network on normalized images, one of neither."""
+    config = dataclasses.replace(SMALL, widths=(4, 8), padding=("SAME",) * 2, pool=(False, True))
+    separable = dataclasses.replace(config, normalize=True, separable=True, conv_bias=False)
+    options = {"image_shape": (12, 12, 1), "ops": own, "rngs": rngs}
+    return Columns([CNN(each, **options) for each in (separable, SMALL)])
+
+
+def tiny_state(own):
+    model = tiny_columns(own, rngs=nnx.Rngs(0))
+    return create_state(jax.random.key(0), model, optax.sgd(0.1))
+
+
+def test_operations_are_a_part_of_the_graph():
+    """So no jitted function takes a program of one form for another's."""
+    reference, fast = tiny_state(ops.REFERENCE), tiny_state(ops.CPU)
+    assert fast.graphdef == tiny_state(ops.CPU).graphdef
+    assert fast.graphdef != reference.graphdef
+    assert with_ops(fast, ops.REFERENCE).graphdef == reference.graphdef
+    assert with_ops(reference, ops.CPU).graphdef == fast.graphdef
+    run, x = jax.jit(eval_logits), images(3, (12, 12, 1))
+    logits = [run(state, x) for state in (reference, fast)]
+    assert run._cache_size() == 2
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
+    texts = [run.lower(state, x).as_text() for state in (reference, fast, reference)]
+    assert ["stablehlo.while" in text for text in texts] == [False, True, False]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_a_recipes_state_has_the_operations_that_it_is_given(splits, platform):
+    recipe = dataclasses.replace(RECIPES["quick"], columns=(RECIPES["tiny700"].model,))
+    own = ops.for_platform(platform)
+    state = jax.eval_shape(lambda: recipe_state(recipe, splits.info, steps_per_epoch=1, ops=own))
+    model = nnx.merge(state.graphdef, state.params, state.batch_stats)
+    quick, tiny = model.columns
+    assert quick.ops is own
+    assert all(conv.conv_general_dilated is own.conv for conv in quick.convs)
+    few = own.few_channels or own
+    assert tiny.ops is few
+    assert all(conv.ops is few for conv in tiny.convs)
+
+
+def test_forward_mode_through_a_training_step():
+    """A Hessian-vector product, forward over reverse, against differences of gradients."""
+    state, x = tiny_state(ops.REFERENCE), images(4, (12, 12, 1))
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            model = to_model(dataclasses.replace(state, params=params))
+            return jnp.sum(jnp.sin(model(model.prepare(x), train=True)))
+
+        return jax.grad(loss)(params)
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(x, jnp.float64)
+        params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), state.params)
+        v = jax.tree.map(
+            lambda a: jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), params
+        )
+        product = jax.jit(lambda p: jax.jvp(gradient, (p,), (v,))[1])(params)
+        step = 1e-6
+        ends = [
+            gradient(jax.tree.map(lambda a, b, s=sign: a + s * step * b, params, v))
+            for sign in (1, -1)
+        ]
+        difference = jax.tree.map(lambda a, b: (a - b) / (2 * step), *ends)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), product, difference
+    )
+
+
+SHARDED = """
+import contextlib, functools, re
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from mnist_flax import Examples, eval_step, ops, random_affine, train_step
+from test_model import tiny_state
+
+rng = np.random.default_rng(0)
+images = rng.integers(0, 256, (16, 12, 12, 1)).astype(np.uint8)
+batch = Examples(images, rng.integers(0, 10, 16).astype(np.int32))
+augment = functools.partial(random_affine, rotate=5.0)
+step = functools.partial(train_step, augment=augment, augment_steps=3, label_smoothing=0.1)
+
+def ends(state, batch):
+    state, metrics = step(state, batch)
+    return state.params, state.batch_stats, metrics, eval_step(state, batch)
+
+state = tiny_state(ops.REFERENCE)
+expected = jax.jit(ends)(state, batch)
+
+def check(own, type_, *, context):
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(type_,))
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
+        state = jax.device_put(tiny_state(own), NamedSharding(mesh, P()))
+        shared = jax.device_put(batch, NamedSharding(mesh, P("batch")))
+        run = jax.jit(ends).lower(state, shared).compile()
+        actual = run(state, shared)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, expected
+    )
+    for name in "all-gather", "all-to-all":
+        assert not re.search(rf" {name}(?:-start)?\\(", run.as_text()), (own, type_, name)
+
+check(ops.REFERENCE, AxisType.Explicit, context=True)
+check(ops.CPU, AxisType.Explicit, context=False)
+check(ops.CPU, AxisType.Auto, context=False)
+print("agreed")
+"""
+
+
+def test_the_steps_work_on_meshes_of_explicit_axes():
+    """And of Auto ones; where there is no mesh in context, too. The batch is never gathered."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)])}
+    run = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.stdout == "agreed\n", run.stderr
 
 
 def test_batch_statistics_against_numpy():

@@ -60,13 +60,29 @@ def test_chunks_change_nothing(monkeypatch, batch):
         close(fast(*args, padding), expected)
 
 
-def test_chunks_divide_the_batch():
-    def rows(batch, most):
-        return winograd.chunked(np.zeros((batch, 2)), row_bytes=10, chunk_bytes=10 * most).shape
+def rows_of(batch, most):
+    return winograd.chunk_rows(batch, row_bytes=10, chunk_bytes=10 * most)
 
-    assert [rows(12, most) for most in (0, 1, 5)] == [(12, 1, 2), (12, 1, 2), (3, 4, 2)]
-    assert [rows(12, most) for most in (11, 12, 99)] == [(2, 6, 2), (1, 12, 2), (1, 12, 2)]
-    assert rows(13, 12) == (13, 1, 2)
+
+def test_chunks_divide_the_batch_or_are_filled_up_with_zeros():
+    assert [rows_of(12, most) for most in (0, 1, 5, 11, 12, 99)] == [1, 1, 4, 6, 12, 12]
+    assert rows_of(499, 30) == 30  # 17 chunks, and not 499
+    chunks = winograd.chunked(np.arange(1.0, 14.0), rows_of(13, 5))
+    assert_array_equal(chunks, [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 0, 0]])
+    assert_array_equal(winograd.joined(chunks, 13), np.arange(1.0, 14.0))
+
+
+@settings(deadline=None)
+@given(batch=st.integers(1, 600), most=st.integers(1, 100))
+def test_a_batch_of_any_size_is_few_chunks(batch, most):
+    """At most twice as many as must be; those that are not whole are as few as can be."""
+    rows, fewest = rows_of(batch, most), -(-batch // most)
+    chunks = -(-batch // rows)
+    assert 1 <= rows <= most
+    assert chunks <= 2 * fewest
+    if batch % rows:
+        assert chunks == fewest
+        assert all(batch % n for n in range(-(-min(most, batch) // 2), min(most, batch) + 1))
 
 
 @pytest.mark.parametrize(
@@ -96,14 +112,55 @@ def test_the_matrices_of_2x2_tiles_are_the_published_ones():
     assert_array_equal(winograd._output_matrix(tiling), np.array([1, 1, 1, -1]) * AT)
 
 
-def test_small_tiles_are_more_exact_than_a_plain_sum_and_large_ones_half_as_exact():
+@pytest.mark.parametrize(("size", "n"), [(2, 4), (5, 4), (8, 6)])
+def test_float32_errs_by_no_more_than_its_roundings_come_to(size, n):
+    """Each number's bound is the algorithm on absolute values, times the roundings on its way.
+
+    Higham, "Accuracy and Stability of Numerical Algorithms" (2002), section 3.1: k roundings in
+    a sum of products, in any order, come to at most k u / (1 - k u) of the sum of absolute values,
+    u = 2^-24. So no processor may exceed it, and one that multiplies in bfloat16 would.
+    """
     padding = ((0, 0), (0, 0))
-    for size, n, least, most in ((7, 4, 0.4, 1.0), (26, 6, 1.2, 2.2)):
-        x, dy, w = operands(16, (size, size), (32, 64), 3, padding)
-        assert winograd._tiling(x.shape, w.shape, padding).n == n
-        exact = plain(x, dy, w, padding)[0]
-        low = winograd.convolve(x.astype(jnp.float32), w.astype(jnp.float32), padding)
-        patches = np.lib.stride_tricks.sliding_window_view(np.float32(x), (3, 3), (1, 2))
-        product = patches.reshape(-1, 32 * 9) @ np.float32(w).transpose(2, 0, 1, 3).reshape(-1, 64)
-        errors = [np.std(y - exact.reshape(y.shape)) for y in (low, product)]
-        assert least < errors[0] / errors[1] < most
+    B, C, O, K = 2, 8, 12, 3
+    args = operands(B, (size + K - 1,) * 2, (C, O), K, padding)
+    tiling = winograd._tiling(args[0].shape, args[2].shape, padding)
+    assert tiling.n == n
+    exact = plain(*args, padding)
+    low = jax.jit(fast, static_argnums=3)(*(a.astype(jnp.float32) for a in args), padding)
+    sizes = jax.jit(of_absolute_values, static_argnums=3)(*args, padding)
+    # Each transform is two products of at most n terms, whose matrix is rounded, too. Then come the
+    # sums over channels, or of a kernel over tiles; a pixel of the input is in up to four of them.
+    transforms = 3 * 2 * (n + 1)
+    terms = C, O + 4, B * int(np.prod(tiling.counts))
+    for a, b, size, count in zip(low, exact, sizes, terms, strict=True):
+        assert a.dtype == jnp.float32
+        roundings = (3 + transforms + 1 + count) * 2.0**-24  # 3 of the operands
+        assert np.all(np.abs(a - b) <= size * roundings / (1 - roundings))
+        assert np.any(np.abs(a - b) > 0)
+
+
+def of_absolute_values(x, dy, w, padding):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_kernel_matrix", "_input_matrix", "_output_matrix"):
+            matrix = getattr(winograd, name)
+            patch.setattr(winograd, name, lambda tiling, matrix=matrix: np.abs(matrix(tiling)))
+        return fast(*map(jnp.abs, (x, dy, w)), padding)
+
+
+def test_how_far_sums_of_tiles_may_grow():
+    """Beside those of a plain sum, of 3x3 terms: the bound of `winograd.POINTS`' comment."""
+
+    def growth(n, points):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(winograd.POINTS, n, points)
+            tiling = winograd._Tiling(3, n, (n - 2,) * 2, ((0, 0), (0, 0)))
+            ones = jnp.ones((1, n, n, 1)), jnp.ones((1, n - 2, n - 2, 1)), jnp.ones((3, 3, 1, 1))
+            sums = jax.jit(lambda *ones: of_absolute_values(*ones, tiling.padding)[0])(*ones)
+        return float(sums.max()) / 9
+
+    # Along an axis by hand, of (0, 1, -1): G's rows sum to 1, 3/2, 3/2, 1 and B's to 2 each, and
+    # A adds three of the four products: (2 + 3 + 3) / 3.
+    assert growth(4, winograd.POINTS[4]) == pytest.approx((8 / 3) ** 2)
+    assert growth(6, winograd.POINTS[6]) == pytest.approx(55, abs=0.1)
+    assert growth(6, (0, 1, -1, 2, -2)) == pytest.approx(16**2)
+    assert growth(6, (0, 1, -1, 2, -1 / 2)) == pytest.approx(97.4, abs=0.1)
