@@ -264,7 +264,8 @@ def check_examples(
         raise InputError(f"{name}: there are no examples; give at least one")
     try:
         if isinstance(examples, Records):
-            check_image_shape((len(examples), *examples.image_shape), image_shape or ())
+            if image_shape is not None:
+                check_image_shape((len(examples), *examples.image_shape), image_shape)
             return
         check_image_array(examples.images)
         if image_shape is not None:
