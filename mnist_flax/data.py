@@ -58,8 +58,8 @@ _NAME = re.compile(
 class Examples:
     """Images and their labels: a split, a batch, or [S, B] batches. A pytree.
 
-    A sequence of its leading axis: `len(examples)` is N, `examples[:100]` are the first 100, and
-    `examples[i]` is one example, `Examples(image_HWC, label)`.
+    `len(examples)` is N, `examples[:100]` are the first 100, and `examples[i]` is one example,
+    `Examples(image_HWC, label)`; `images, labels = examples` takes the two apart.
 
     Attributes:
       images: [N, H, W, C], uint8 from 0 to 255 or floating-point from 0 to 1.
@@ -80,8 +80,8 @@ class Examples:
     def __getitem__(self, rows: Any) -> "Examples":
         return Examples(self.images[rows], self.labels[rows])
 
-    def __iter__(self) -> "Iterator[Examples]":
-        return (self[index] for index in range(len(self)))
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.images, self.labels))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,7 @@ class TrainState:
 
 def create_state(
     key: jax.Array,
-    make_model: Callable[[nnx.Rngs], nnx.Module],
+    make_model: Callable[[nnx.Rngs], nnx.Module] | nnx.Module,
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
     """Makes a model and splits it into a state at step 0, with `optimizer` at its start.
@@ -92,22 +92,15 @@ def create_state(
       key: seeds every draw: the model's parameters and, later, augmentation and Dropout.
       make_model: `make_model(rngs) -> model`, such as `lambda rngs: CNN(config, rngs=rngs)`.
         `rngs.params` draws from a key that the run uses for nothing else, and so do other streams.
+        Or a model that there is already, whose parameters are taken as they are: those of
+        `nnx.Rngs(n)` must not be of the seed of `key`, from which the run would draw the same.
       optimizer: optax's; one that needs the loss or its gradient in `update` is given them.
-
-    Raises:
-      InputError: `make_model` is a model: its parameters might be of keys that the run uses too.
     """
     if isinstance(make_model, nnx.Module):
-        raise InputError(
-            "create_state makes the model: give a function of its random streams, such as "
-            "lambda rngs: CNN(config, rngs=rngs)"
-        )
-    model = make_model(
-        nnx.Rngs(
-            draw_key(key, Purpose.INIT, 1),
-            params=draw_key(key, Purpose.INIT, 0),
-        )
-    )
+        model = make_model
+    else:
+        params_key, other_key = (draw_key(key, Purpose.INIT, index) for index in (0, 1))
+        model = make_model(nnx.Rngs(other_key, params=params_key))
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, ...)
     params = as_pure(params)
     return TrainState(
