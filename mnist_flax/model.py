@@ -469,6 +469,17 @@ class CNN(nnx.Module):
         return at_least_float32(self.head(features_BF))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
+    """Returns `x`, with its derivative multiplied by `factor`."""
+    return x
+
+
+@scale_gradient.defjvp
+def _scale_gradient_jvp(factor, primals, tangents):
+    return primals[0], factor * tangents[0]
+
+
 class Columns(nnx.Module):
     """Networks side by side, of which each learns by itself; their probabilities are averaged.
 
@@ -476,6 +487,9 @@ class Columns(nnx.Module):
     training a batch is dealt out, column j of J taking the examples j, J + j, 2 J + j, ...: so each
     column has a loss of its own. With one loss for all they would come to lean on each other, and
     be hardly better than one of them.
+
+    A mean over all B examples is a J-th of the sum of the columns' own means, so in training the
+    gradients of the logits are multiplied by J: each column learns as it would alone on its share.
     """
 
     def __init__(self, columns: Sequence[CNN]):
@@ -545,4 +559,4 @@ class Columns(nnx.Module):
             )
             for j, (column, x) in enumerate(seen)
         ]
-        return jnp.stack(logits, axis=1).reshape(B, -1)
+        return scale_gradient(jnp.stack(logits, axis=1).reshape(B, -1), J)

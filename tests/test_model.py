@@ -16,6 +16,7 @@ from flax import nnx
 
 from mnist_flax import ops
 from mnist_flax.compat import as_pure
+from mnist_flax.data import Examples
 from mnist_flax.errors import InputError
 from mnist_flax.model import (
     CNN,
@@ -29,7 +30,7 @@ from mnist_flax.model import (
 )
 from mnist_flax.moments import normalize
 from mnist_flax.recipes import RECIPES, SEED, recipe_state
-from mnist_flax.steps import create_state, eval_logits, to_model, with_ops
+from mnist_flax.steps import create_state, eval_logits, to_model, train_step, with_ops
 
 
 def count(tree):
@@ -105,6 +106,32 @@ def test_columns_are_dealt_the_examples_of_a_training_batch():
         np.testing.assert_allclose(means[j], own_means[j], rtol=1e-5)
     with pytest.raises(InputError, match="a training batch of 3 cannot be dealt to 2"):
         columns_and_both(images(3), None, train=True, both=True)
+
+
+def test_a_columns_step_is_that_of_the_network_alone_on_its_share():
+    """By SGD, whose steps are as large as gradients are; and the loss is the mean of all."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (8, 8, 8, 1)).astype(np.uint8)
+    batch = Examples(pixels, np.arange(8, dtype=np.int32))
+
+    def network(seed):
+        return CNN(SMALL, image_shape=(8, 8, 1), rngs=nnx.Rngs(seed))
+
+    step = jax.jit(train_step)
+
+    def stepped(model, batch):
+        state, metrics = step(create_state(jax.random.key(0), model, optax.sgd(0.1)), batch)
+        return state.params, metrics.loss
+
+    together, loss = stepped(Columns([network(0), network(1)]), batch)
+    alone = [stepped(network(j), Examples(*(a[j::2] for a in batch))) for j in range(2)]
+    for j, (params, _) in enumerate(alone):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            together["columns"][j],
+            params,
+        )
+    np.testing.assert_allclose(loss, np.mean([own for _, own in alone]), rtol=1e-5)
 
 
 def test_columns_draw_their_own_dropout():
