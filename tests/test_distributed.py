@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_archives import write_subset
 
+from mnist_flax import checkpoint
 from mnist_flax.data import load_splits
 from mnist_flax.errors import InputError
 from mnist_flax.hosts import HEARTBEAT_SECONDS, initialize
@@ -45,6 +48,25 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
     np.save(file, np.array(noted))
+"""
+
+# Reads the newest sound checkpoint of each run, and says of which step it is.
+READING = """
+from pathlib import Path
+import jax, numpy as np
+from mnist_flax import hosts
+from mnist_flax.checkpoint import newest
+from mnist_flax.fit import data_mesh
+
+hosts.initialize()
+everywhere = jax.NamedSharding(data_mesh(), jax.P())
+zeros = jax.make_array_from_callback((4,), everywhere, lambda index: np.zeros(4, np.float32)[index])
+for run in ("damaged", "unreadable"):
+    try:
+        saved = newest(Path(run), lambda _: dict(a=zeros), strict=False, set_aside=True)
+        print(saved.step, np.asarray(saved.arrays["a"]).tolist())
+    except (OSError, ValueError) as error:
+        print(error)
 """
 
 
@@ -201,6 +223,39 @@ def test_a_lost_process_ends_the_job_and_resuming_ends_with_the_same_bits(job, a
     statuses, errors = ends(job.start("--workdir", "lost", "--resume"))
     assert statuses == [0, 0], errors
     assert result(workdir)["digest"] == alone["digest"]
+
+
+def test_processes_agree_on_the_checkpoint_that_they_read(tmp_path):
+    """The second process sees other files, as of a network's disk that fails for it alone."""
+    identity = {"recipe": {}, "dataset": {"fingerprint": ""}}
+    for run in ("damaged", "unreadable"):
+        with checkpoint.open_checkpoints(tmp_path / run) as manager:
+            for step in (1, 2):
+                arrays = {"a": jnp.full(4, step, jnp.float32)}
+                checkpoint.write(manager, identity, step=step, arrays=arrays, record={})
+    other = tmp_path / "other"
+    for run in ("damaged", "unreadable"):
+        shutil.copytree(tmp_path / run, other / run)
+        path = next((other / run / "checkpoints" / "2" / "progress" / "d").iterdir())
+        path.unlink()
+        if run == "unreadable":
+            path.symlink_to("/proc/self/mem")  # which cannot be read from its start
+    processes = Job(tmp_path, ()).start(program=("-c", READING), other="other")
+    outs = [process.communicate(timeout=120)[0].splitlines() for process in processes]
+    said = [[line for line in lines if "[Gloo]" not in line] for lines in outs]
+    assert [lines[0] for lines in said] == ["1 [1.0, 1.0, 1.0, 1.0]"] * 2
+    assert said[0][1].startswith("another process of the job refused")
+    assert "step 2" in said[1][1]
+    assert "cannot be read" in said[1][1]
+    # Process 0 alone sets aside, and only what is damaged.
+    kept = {
+        run.relative_to(tmp_path): sorted(path.name for path in (run / "checkpoints").iterdir())
+        for run in (*tmp_path.glob("*ed"), *other.iterdir(), tmp_path / "unreadable")
+    }
+    assert kept[Path("damaged")] == ["1", "damaged-2"]
+    assert [kept[Path(run)] for run in ("unreadable", "other/damaged", "other/unreadable")] == [
+        ["1", "2"]
+    ] * 3
 
 
 def test_all_processes_end_where_one_refuses(job, alone):
