@@ -254,7 +254,7 @@ class PatternConv(nnx.Module):
         `dtype` is what the convolution computes in, by default the inputs' own.
         """
         init = nnx.initializers.he_normal()
-        self.weights = nnx.Param(init(rngs.params(), (patterns, n_in, n_out)))
+        self.weights = nnx.Param(init(rngs.params(), (patterns, n_in, n_out), jnp.float32))
         self.kernel_size = kernel_size
         self.padding = padding
         self.dtype = dtype
@@ -292,8 +292,9 @@ class SeparableConv(nnx.Module):
         """
         shape = (kernel_size, kernel_size) if patterns is None else (patterns,)
         init = nnx.initializers.normal(1 / math.sqrt(math.prod(shape)))
-        self.depth = nnx.Param(init(rngs.params(), (*shape, n_in)))
-        self.point = nnx.Param(nnx.initializers.he_normal()(rngs.params(), (n_in, n_out)))
+        self.depth = nnx.Param(init(rngs.params(), (*shape, n_in), jnp.float32))
+        init = nnx.initializers.he_normal()
+        self.point = nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
         self.kernel_size = kernel_size
         self.padding = padding
         self.dtype = dtype

@@ -264,6 +264,18 @@ print("agreed")
 """
 
 
+@pytest.mark.parametrize("name", ["quick", "tiny700", "tiny2k"])
+def test_with_float64_allowed_a_state_is_float32_and_stays_so(splits, name):
+    """JAX_ENABLE_X64: a step's state has the types of the one before, so steps can be scanned."""
+    with jax.enable_x64(True):
+        state = jax.eval_shape(lambda: recipe_state(RECIPES[name], splits.info, steps_per_epoch=1))
+        batch = Examples(np.zeros((4, 28, 28, 1)), np.zeros(4, np.int32))
+        after, _ = jax.eval_shape(train_step, state, batch)
+    for tree in (state, after):
+        own = jax.tree.leaves((tree.params, tree.batch_stats))
+        assert {leaf.dtype for leaf in own} == {jnp.dtype("float32")}
+
+
 def test_the_steps_work_on_meshes_of_explicit_axes():
     """And of Auto ones; where there is no mesh in context, too. The batch is never gathered."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)])}
