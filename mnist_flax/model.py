@@ -20,6 +20,9 @@ from mnist_flax.errors import InputError
 from mnist_flax.moments import normalize
 from mnist_flax.ops import NHWC, REFERENCE, Ops
 
+# One object, as Flax 0.11 keeps it in a network's definition: two networks must have equal ones.
+HE_NORMAL = nnx.initializers.he_normal()
+
 Padding = Literal["SAME", "VALID"]
 Precision = Literal["float32", "bfloat16"]
 Head = Literal["flatten", "mean"]
@@ -334,7 +337,7 @@ def make_conv(config: CNNConfig, index: int, n_in: int, *, rngs: nnx.Rngs) -> nn
         n_out,
         kernel_size=(size, size),
         use_bias=config.conv_bias,
-        kernel_init=nnx.initializers.he_normal(),
+        kernel_init=HE_NORMAL,
         **options,
     )
 
@@ -392,7 +395,7 @@ class CNN(nnx.Module):
                 nnx.Linear(
                     n_in,
                     n_out,
-                    kernel_init=nnx.initializers.he_normal(),
+                    kernel_init=HE_NORMAL,
                     dtype=compute_dtype(config),
                     rngs=rngs,
                 )
