@@ -256,7 +256,7 @@ class PatternConv(nnx.Module):
 
         `dtype` is what the convolution computes in, by default the inputs' own.
         """
-        init = nnx.initializers.he_normal()
+        init = HE_NORMAL
         self.weights = nnx.Param(init(rngs.params(), (patterns, n_in, n_out), jnp.float32))
         self.kernel_size = kernel_size
         self.padding = padding
@@ -296,7 +296,7 @@ class SeparableConv(nnx.Module):
         shape = (kernel_size, kernel_size) if patterns is None else (patterns,)
         init = nnx.initializers.normal(1 / math.sqrt(math.prod(shape)))
         self.depth = nnx.Param(init(rngs.params(), (*shape, n_in), jnp.float32))
-        init = nnx.initializers.he_normal()
+        init = HE_NORMAL
         self.point = nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
         self.kernel_size = kernel_size
         self.padding = padding
