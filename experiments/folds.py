@@ -72,7 +72,7 @@ def without(splits, held_out: np.ndarray):
     return dataclasses.replace(splits, train=take(splits.train, kept), info=info)
 
 
-def test_fold(recipe: Recipe, state, examples: Examples, *, views) -> list[int]:
+def hits(state, examples: Examples, *, views) -> list[int]:
     """Returns how many are right: as they are and, where there are views, by their mean."""
     from mnist_flax.evaluate import evaluate, mixture
 
@@ -124,9 +124,10 @@ def main(arguments):
             print(f"{progress}: {error}", flush=True)
             correct.append(None)
             continue
-        correct.append(test_fold(recipe, state, take(splits.train, held_out), views=views))
-        for label, hits in zip(labels, correct[-1], strict=True):
-            print(f"{progress}: {label} {hits / len(held_out):.2%}", flush=True)
+        found = hits(state, take(splits.train, held_out), views=views)
+        correct.append(found)
+        for label, count in zip(labels, found, strict=True):
+            print(f"{progress}: {label} {count / len(held_out):.2%}", flush=True)
     summary = summarize(labels, correct, sizes=[len(held_out) for held_out in folds])
     for label, mean in summary["accuracy"].items():
         print(f"{label}: {mean:.3%} of {summary['total']} training images")
@@ -142,17 +143,18 @@ def summarize(
     Raises:
       DivergedError: all did.
     """
-    sound = [i for i, hits in enumerate(correct) if hits is not None]
+    sound = {i: counts for i, counts in enumerate(correct) if counts is not None}
     if not sound:
         raise DivergedError("every fold diverged; lower the learning rate")
     total = sum(sizes[i] for i in sound)
-    rows = {label: [hits and hits[j] for hits in correct] for j, label in enumerate(labels)}
+    rows = {label: [each and each[j] for each in correct] for j, label in enumerate(labels)}
+    means = (sum(counts[j] for counts in sound.values()) / total for j in range(len(labels)))
     return {
         "correct": rows,
         "sizes": sizes,
-        "diverged": [i + 1 for i, hits in enumerate(correct) if hits is None],
+        "diverged": [i + 1 for i in range(len(correct)) if i not in sound],
         "total": total,
-        "accuracy": {label: sum(row[i] for i in sound) / total for label, row in rows.items()},
+        "accuracy": dict(zip(labels, means, strict=True)),
     }
 
 

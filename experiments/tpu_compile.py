@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import os
 import time
+from typing import Any
 
 from mnist_flax import command_line
 from mnist_flax.errors import InputError
@@ -69,22 +70,22 @@ def compile_for(recipe, info, devices):
     from jax.sharding import AxisType, Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from mnist_flax import ops
     from mnist_flax.data import Examples
     from mnist_flax.fit import train_steps
     from mnist_flax.metrics import Metrics
-    from mnist_flax.ops import BATCH_AXIS
+    from mnist_flax.ops import BATCH_AXIS, for_platform
     from mnist_flax.recipes import recipe_state, step_options
 
     num_examples = 60_000 - recipe.val_size
     steps = num_examples // recipe.batch_size
     mesh = Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
-    def described(shape, dtype, *axes):
+    def described(shape, dtype, *axes) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
 
-    with ops.plain(), jax.set_mesh(mesh):
-        make = functools.partial(recipe_state, recipe, info, steps_per_epoch=steps)
+    ops = for_platform("tpu")
+    with jax.set_mesh(mesh):
+        make = functools.partial(recipe_state, recipe, info, steps_per_epoch=steps, ops=ops)
         state, metrics = jax.tree.map(
             lambda a: described(a.shape, a.dtype), jax.eval_shape(lambda: (make(), Metrics.zero()))
         )
@@ -101,7 +102,7 @@ def compile_for(recipe, info, devices):
 
 def main(arguments) -> None:
     """Runs the script."""
-    command = command_line.parse(Command, arguments, default=Command(), description=__doc__)
+    command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     recipes = {name: command_line.named_recipe(name) for name in command.recipes}
     devices = described_chips(command.topology)
     if not all(1 <= count <= len(devices) for count in command.chips):
@@ -116,7 +117,7 @@ def main(arguments) -> None:
     for name, recipe in recipes.items():
         for count in command.chips:
             began = time.perf_counter()
-            compiled = compile_for(recipe, info, devices[:count])
+            compiled: Any = compile_for(recipe, info, devices[:count])
             seconds = time.perf_counter() - began
             memory = compiled.memory_analysis()
             # XLA's analysis counts a loop's body once, and nearly all of the program is that.

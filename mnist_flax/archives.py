@@ -274,8 +274,9 @@ def dataset_dir(name: str, *, data_dir: Path, files: Archives | None = None) -> 
     Raises:
       InputError: An archive cannot be read.
     """
-    canonical = files is None or (name == "mnist" and files == find_archives(BUNDLED))
-    return data_dir / name / ("canonical" if canonical else f"archives-{_digest(files)}") / VERSION
+    if files is None or (name == "mnist" and files == find_archives(BUNDLED)):
+        return data_dir / name / "canonical" / VERSION
+    return data_dir / name / f"archives-{_digest(files)}" / VERSION
 
 
 def prepare(name: str, directory: Path, files: Archives | None) -> None:

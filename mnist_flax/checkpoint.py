@@ -131,8 +131,8 @@ def require_same(record: dict[str, Any], run: dict[str, Any], *, where: object) 
       InputError: it is of another recipe, or of a dataset of another fingerprint.
     """
     lines = differences(record["recipe"], run["recipe"])
-    prints = [{"fingerprint": each["dataset"]["fingerprint"]} for each in (record, run)]
-    if lines := lines + differences(*prints):
+    old, new = ({"fingerprint": each["dataset"]["fingerprint"]} for each in (record, run))
+    if lines := lines + differences(old, new):
         raise InputError(
             f"{where} has another recipe or dataset ({'; '.join(lines)}); continue it with its "
             "own, or train anew in another workdir"

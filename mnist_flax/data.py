@@ -398,12 +398,13 @@ def _read_archives(
         for images_NHW, labels_N in archives_lib.read_splits(files).values()
     )
     names = archives_lib.CLASS_NAMES[name]
+    height, width, channels = train.images.shape[1:]
     info = DatasetInfo(
         name=name,
         version=archives_lib.VERSION,
         num_classes=len(names),
         class_names=names,
-        image_shape=train.images.shape[1:],
+        image_shape=(height, width, channels),
         fingerprint=_fingerprint([train], [test]),
     )
     return train, test, info
@@ -603,7 +604,8 @@ class _Prepared:
         self._keys: tuple[str, str] = keys if is_pair else ("image", "label")
         is_dict = isinstance(info.features, tfds.features.FeaturesDict)
         features: dict[str, Any] = dict(info.features.items()) if is_dict else {}
-        image, label = (features.get(key) for key in self._keys)
+        image: Any = features.get(self._keys[0])
+        label: Any = features.get(self._keys[1])
         shape: Any = (None,)
         if isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8:
             shape = image.shape

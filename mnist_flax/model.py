@@ -409,6 +409,7 @@ class CNN(nnx.Module):
     def use(self, ops: Ops) -> None:
         """Computes with `ops` from now on."""
         self.ops = (ops.few_channels or ops) if self.config.separable else ops
+        conv: Any
         for conv in self.convs:
             if isinstance(conv, nnx.Conv):
                 conv.conv_general_dilated = self.ops.conv

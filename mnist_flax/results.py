@@ -179,8 +179,9 @@ def load_run(workdir: str | Path) -> Run:
     recipe, infos = from_dict(values), []
 
     def expect(record: dict[str, Any]) -> Any:
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in record["dataset"].items()}
-        infos.append(DatasetInfo(**lists))
+        saved: dict[str, Any] = record["dataset"]
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        infos.append(DatasetInfo(**fields))  # pyright: ignore[reportArgumentType]
         checkpoint.require_same(
             record, checkpoint.identity(to_dict(recipe), infos[-1]), where=f"the run in {workdir}"
         )
