@@ -160,7 +160,8 @@ def on_auto_axes(fun: Callable[..., T], *operands: Any, out_specs: Any) -> T:
         return fun(*jax.tree.unflatten(treedef, own))
 
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(call, axes=explicit, out_sharding=out_specs)(arrays)
+        within: Any = jax.sharding.auto_axes(call, axes=explicit, out_sharding=out_specs)
+        return within(arrays)
 
 
 def specs_of(tree: Any) -> Any:
