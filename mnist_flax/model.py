@@ -413,7 +413,7 @@ class CNN(nnx.Module):
         for conv in self.convs:
             if isinstance(conv, nnx.Conv):
                 conv.conv_general_dilated = self.ops.conv
-            else:
+            elif isinstance(conv, PatternConv | SeparableConv):
                 conv.ops = self.ops
 
     def preprocess_images(self, images_BHWC: jax.Array) -> jax.Array:
