@@ -8,6 +8,7 @@ from mnist_flax.fit import EpochResult, FitResult, epochs, fit
 from mnist_flax.members import MembersResult, evaluate_many, fit_many
 from mnist_flax.metrics import Metrics
 from mnist_flax.model import CNN, CNNConfig
+from mnist_flax.ops import for_platform
 from mnist_flax.recipes import RECIPES, Recipe
 from mnist_flax.steps import TrainState, create_state, eval_step, train_step
 from mnist_flax.stopping import EarlyStopping
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate_many",
     "fit",
     "fit_many",
+    "for_platform",
     "load_splits",
     "predict",
     "random_affine",
