@@ -5,7 +5,8 @@
 The program that `fit` runs is compiled by the TPU's own compiler for chips that are described, not
 present, with the batch shared among them. One line for each recipe and number of chips: seconds of
 compilation, MB of memory on each chip (arguments, MNIST's images among them, and temporaries), and
-FLOPs of a step on each chip. Expected: every recipe compiles, in 6 to 156 s.
+FLOPs of a step on each chip. Expected: every recipe compiles, in 6 to 156 s
+on a quiet machine.
 """
 
 from __future__ import annotations

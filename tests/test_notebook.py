@@ -45,8 +45,7 @@ def test_every_cell_runs_once_in_order(executed):
 
 
 def test_prints_the_device(executed):
-    [line] = printed(executed["imports"]).splitlines()
-    assert line.startswith(f"JAX {jax.__version__}, cpu: ")
+    assert f"JAX {jax.__version__}, cpu: " in printed(executed["imports"])
 
 
 def test_trains_and_evaluates_once(executed):
