@@ -16,7 +16,8 @@ test: .venv/installed
 
 # What takes longer, too; nothing is skipped where Chromium and Debian's dataset-fashion-mnist are.
 test-all: .venv/all
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
+	MNIST_FLAX_TEST_ALL=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  -m "slow or not slow"
 
 # The oldest and the newest versions of what the package stands on, with Python 3.13 if it is there.
 compat: .venv-oldest/installed .venv-newest/installed

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tries
 from flax import nnx
 from hypothesis import given, settings
 from jax import lax
@@ -94,7 +95,7 @@ def normal(*shape, seed=0, dtype: type = np.float64):
 # Convolution
 
 
-@settings(deadline=None, max_examples=12, derandomize=True)
+@settings(deadline=None, max_examples=tries(12), derandomize=True)
 @given(
     batch=st.integers(1, 13),
     size=st.tuples(st.integers(5, 12), st.integers(5, 12)),
@@ -108,7 +109,7 @@ def test_conv_agrees_with_lax(batch, size, channels, kernel, padding):
     close(actual, value_and_vjp(lambda x, w: lax_conv(x, w, padding), x, w))
 
 
-@settings(deadline=None, max_examples=6, derandomize=True)
+@settings(deadline=None, max_examples=tries(6), derandomize=True)
 @given(
     batch=st.integers(1, 9),
     size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
@@ -122,7 +123,7 @@ def test_conv_of_few_channels_agrees_with_lax(batch, size, channels, kernel, pad
     close(actual, value_and_vjp(lambda x, w: lax_conv(x, w, padding), x, w))
 
 
-@settings(deadline=None, max_examples=8, derandomize=True)
+@settings(deadline=None, max_examples=tries(8), derandomize=True)
 @given(
     batch=st.integers(1, 9),
     size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
@@ -250,7 +251,7 @@ def test_conv_in_float32_errs_by_no_more_than_its_roundings_come_to(channels, fe
         assert np.all(np.abs(a - b) <= most * roundings / (1 - roundings))
 
 
-@settings(deadline=None, max_examples=8, derandomize=True)
+@settings(deadline=None, max_examples=tries(8), derandomize=True)
 @given(
     batch=st.sampled_from([4, 6]),
     channels=st.tuples(st.sampled_from([1, 4, 16]), st.integers(1, 9)),
@@ -288,7 +289,7 @@ def test_a_loop_in_bfloat16_gives_what_a_call_gives():
 # Pooling
 
 
-@settings(deadline=None, max_examples=12, derandomize=True)
+@settings(deadline=None, max_examples=tries(12), derandomize=True)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(3, 9), st.integers(3, 9), st.integers(1, 5)),
     window=st.integers(1, 3),
@@ -312,7 +313,7 @@ def test_max_pool_gives_the_gradient_to_the_first_of_equal_maxima(own):
 # ReLU, BatchNorm and pooling
 
 
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=tries(15), derandomize=True)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(3, 9), st.integers(3, 9), st.integers(1, 5)),
     window=st.integers(1, 3),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tries
 from hypothesis import given, settings
 from numpy.testing import assert_array_equal
 from test_ops import close, lax_conv, normal
@@ -36,7 +37,7 @@ def fast(x, dy, w, padding):
     return winograd.convolve(x, w, padding), *winograd.gradients(x, dy, w, padding)
 
 
-@settings(deadline=None, max_examples=12, derandomize=True)
+@settings(deadline=None, max_examples=tries(12), derandomize=True)
 @given(
     batch=st.integers(1, 7),
     size=st.tuples(st.integers(5, 19), st.integers(5, 19)),
