@@ -200,7 +200,7 @@ def test_forward_mode_through_a_training_step():
     def gradient(params):
         def loss(params):
             model = to_model(dataclasses.replace(state, params=params))
-            return jnp.sum(jnp.sin(model(model.prepare(x), train=True)))
+            return jnp.sum(jnp.sin(model(model.preprocess_images(x), train=True)))
 
         return jax.grad(loss)(params)
 
