@@ -110,10 +110,25 @@ def calibration(evaluation) -> dict[str, float]:
     return {"loss": evaluation.loss, "brier": evaluation.brier, "ece": ece}
 
 
+def label_noise(test, *, fingerprint: str) -> dict[str, Any] | None:
+    """Returns what an audit of the test labels leaves of the mistakes; None for other data."""
+    from mnist_flax.archives import disputed_test_labels
+
+    if not (indices := disputed_test_labels(fingerprint=fingerprint)):
+        return None
+    disputed = np.isin(np.arange(test.total), indices)
+    clear = test.subset(~disputed)
+    return {
+        "disputed": int(disputed.sum()),
+        "accuracy_undisputed": clear.accuracy,
+        "errors_undisputed": clear.total - clear.correct,
+        "ceiling": float(1 - disputed.sum() / test.total),
+    }
+
+
 def measure(run, splits, bar: tqdm) -> tuple[dict[str, Any], Any]:
     """Returns a run's numbers, as JSON, and its evaluation of the test split."""
     from mnist_flax import robustness
-    from mnist_flax.archives import disputed_test_labels
     from mnist_flax.evaluate import evaluate, fit_temperature, risk_coverage, wilson_interval
 
     test = evaluate(run.state, splits.test)
@@ -130,15 +145,8 @@ def measure(run, splits, bar: tqdm) -> tuple[dict[str, Any], Any]:
         "error_free_coverage": risk_coverage(test).error_free,
     }
     bar.update()
-    if indices := disputed_test_labels(fingerprint=splits.info.fingerprint):
-        disputed = np.isin(np.arange(test.total), indices)
-        clear = test.subset(~disputed)
-        numbers["label_noise"] = {
-            "disputed": int(disputed.sum()),
-            "accuracy_undisputed": clear.accuracy,
-            "errors_undisputed": clear.total - clear.correct,
-            "ceiling": 1 - disputed.sum() / test.total,
-        }
+    if noise := label_noise(test, fingerprint=splits.info.fingerprint):
+        numbers["label_noise"] = noise
     if len(splits.val.labels):
         temperature = fit_temperature(evaluate(run.state, splits.val))
         numbers["temperature"] = temperature

@@ -243,7 +243,7 @@ def test_without_validation_the_last_state_is_kept(small):
     assert result.history[-1]["val_loss"] is None
 
 
-def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(whole, small):
+def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(small):
     """After one epoch of the recipe's rates, one of hardly any: the parameters stay."""
     slow = dataclasses.replace(
         RECIPE, schedule=ScheduleConfig(), optimizer=OptimizerConfig(learning_rate=1e-9)
@@ -257,7 +257,7 @@ def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(whole, small)
     )
     other = dataclasses.replace(RECIPE, optimizer=OptimizerConfig("adamw", momentum=None))
     with pytest.raises(InputError, match="another kind of optimizer"):
-        next(epochs(other, small, start=whole[0].state))
+        next(epochs(other, small, start=first.state))
 
 
 def test_the_last_share_of_a_run_is_not_augmented(small):
