@@ -585,6 +585,7 @@ def test_a_sweep_chooses_among_points_of_which_the_fewest_seeds_diverged():
         sweep.winner(accuracies[3:])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("splits")
 def test_scaling_measures_every_size(data_dir, tmp_path):
     words = script("scaling", "--members", "2")
@@ -601,6 +602,7 @@ def test_scaling_measures_every_size(data_dir, tmp_path):
     assert (tmp_path / "runs" / "scaling" / "scaling.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("splits")
 def test_a_rehearsal_of_the_gpu_study(data_dir, tmp_path):
     """One recipe, cut to seconds, on the CPU: every part is there, and what is late says so."""
@@ -715,6 +717,7 @@ def test_sweep_refuses_in_one_line_before_it_writes(arguments, message, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("splits")
 def test_killed_runs_end_with_the_same_bits(data_dir, tmp_path):
     """The short form; experiments/torture.py alone kills a hundred, during preparation too."""
@@ -747,6 +750,7 @@ def test_a_race_goes_on_without_a_contender_that_dies(monkeypatch, capsys):
     assert mortal == "mortal is left out: out of memory"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("splits")
 def test_benchmark_times_our_steps_without_peers(data_dir, tmp_path):
     words = script("benchmark", "--sections", "steps", "--rounds", "1", "--batch-size", "16")
