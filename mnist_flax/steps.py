@@ -195,8 +195,8 @@ def call_model(model: Any, images_BHWC: jax.Array, *, train: bool, **options: An
     if "train" not in options:
         model.train() if train else model.eval()
     logits_BK = model(images_BHWC, **options)
-    if logits_BK.ndim != 2 or len(logits_BK) != len(images_BHWC):
-        B, shape = len(images_BHWC), list(logits_BK.shape)
+    B, shape = images_BHWC.shape[0], list(logits_BK.shape)  # B may be symbolic
+    if len(shape) != 2 or shape[0] != B:
         raise InputError(f"the model must return logits [{B}, K], not {shape}")
     return logits_BK
 
@@ -288,7 +288,7 @@ def train_step(
 
 
 def _train_step(state, batch, *, augment, augment_steps, label_smoothing, dropout_rate):
-    labels_B = to_labels(batch.labels, num_examples=len(batch.images))
+    labels_B = to_labels(batch.labels, num_examples=batch.images.shape[0])
 
     def loss_fn(params):
         model = to_model(dataclasses.replace(state, params=params))
@@ -451,7 +451,7 @@ def eval_step(state: TrainState, batch: Examples) -> Metrics:
     Raises:
       InputError: images or labels have no such shape or dtype.
     """
-    labels_B = to_labels(batch.labels, num_examples=len(batch.images))
+    labels_B = to_labels(batch.labels, num_examples=batch.images.shape[0])
     logits_BK = eval_logits(state, batch.images)
     # A negative label would count from the last class.
     above_B = jnp.where(labels_B < PADDING, logits_BK.shape[-1], jnp.maximum(labels_B, 0))

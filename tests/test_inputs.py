@@ -211,7 +211,14 @@ def test_to_start_with_more_epochs_goes_on(results):
     assert bits(third.state.params) == bits(list(epochs(longer, SPLITS))[-1].state.params)
 
 
-def test_create_state_takes_no_model():
+def test_create_state_takes_a_model_as_it_is():
     model = CNN(MODEL, image_shape=INFO.image_shape, rngs=nnx.Rngs(0))
-    message = refused("lambda rngs", create_state, jax.random.key(0), model, optax.sgd(0.1))
-    assert "create_state" in message
+    state = create_state(jax.random.key(0), model, optax.sgd(0.1))
+    own = create_state(
+        jax.random.key(0),
+        lambda rngs: CNN(MODEL, image_shape=INFO.image_shape, rngs=rngs),
+        optax.sgd(0.1),
+    )
+    kernel = np.asarray(model.head.kernel[...])
+    np.testing.assert_array_equal(state.params["head"]["kernel"], kernel)
+    assert not np.allclose(own.params["head"]["kernel"], kernel)
