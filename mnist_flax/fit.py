@@ -11,7 +11,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,8 @@ from mnist_flax.workdir import (
     require_no_checkpoint_lost,
     write_json,
 )
+
+T = TypeVar("T")
 
 # How long the device works between two looks of the host at the metrics and at interrupts.
 CALL_SECONDS = 0.5
@@ -469,10 +471,35 @@ def compile_programs(
     train: Any = train_program(without_seed(recipe), steps=steps, mesh=mesh)
     evaluate = None
     with jax.set_mesh(mesh):
-        train = train.lower(state, metrics, *window._replace(start=0, stop=0)).compile()
+        train = compiled(train, state, metrics, *window._replace(start=0, stop=0))
         if val_batches is not None:
-            evaluate = eval_program.lower(state, val_batches).compile()
+            evaluate = compiled(eval_program, state, val_batches)
     return Programs(train, evaluate, time.perf_counter() - began)
+
+
+def compiled(program: Any, *operands: Any) -> Any:
+    """Returns a jitted function compiled for operands like these; JAX_DISABLE_JIT leaves it."""
+    return program if jax.config.jax_disable_jit else program.lower(*operands).compile()
+
+
+def without_nan_search(generate: Callable[..., Iterator[T]]) -> Callable[..., Iterator[T]]:
+    """Makes a generator of a run's results work without JAX_DEBUG_NANS: it tests its own losses.
+
+    JAX cannot say where in a compiled program a NaN is from. With JAX_DISABLE_JIT it can, and does.
+    """
+
+    @functools.wraps(generate)
+    def results(*args, **kwargs):
+        search = bool(jax.config.jax_debug_nans and jax.config.jax_disable_jit)
+        with contextlib.closing(generate(*args, **kwargs)) as own:
+            while True:
+                with jax.debug_nans(search):
+                    result = next(own, None)
+                if result is None:
+                    return
+                yield result
+
+    return results
 
 
 def train_epoch(
@@ -561,6 +588,7 @@ def no_seconds() -> dict[str, float]:
     return {"compile_seconds": 0.0, "train_seconds": 0.0}
 
 
+@without_nan_search
 def epochs(
     recipe: Recipe,
     splits: Splits,

@@ -47,6 +47,7 @@ from mnist_flax.fit import (
     Window,
     check_fits,
     check_same_recipe,
+    compiled,
     epoch_bar,
     eval_steps,
     first_devices,
@@ -62,6 +63,7 @@ from mnist_flax.fit import (
     timed,
     train_epoch,
     train_steps,
+    without_nan_search,
 )
 from mnist_flax.metrics import Metrics
 from mnist_flax.ops import BATCH_AXIS, for_platform
@@ -342,10 +344,9 @@ def compile_programs(
     evaluate: Any = None
     window = window._replace(start=0, stop=0)
     with jax.set_mesh(mesh):
-        train = train.lower(active_M, traced, progress.states, progress.metrics, *window).compile()
+        train = compiled(train, active_M, traced, progress.states, progress.metrics, *window)
         if val_batches is not None:
-            evaluate = eval_program(mesh=mesh, loop=loop)
-            evaluate = evaluate.lower(progress.states, val_batches).compile()
+            evaluate = compiled(eval_program(mesh=mesh, loop=loop), progress.states, val_batches)
     return Programs(train, evaluate, time.perf_counter() - began)
 
 
@@ -412,6 +413,7 @@ def norms(states: TrainState) -> jax.Array:
     return jax.vmap(optax.tree.norm)(states.params)
 
 
+@without_nan_search
 def member_epochs(
     recipes: Sequence[Recipe],
     splits: Splits[Examples],
