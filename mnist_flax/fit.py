@@ -315,9 +315,15 @@ def light_compilation(mesh: Mesh) -> dict[str, int] | None:
     return {"xla_backend_optimization_level": 1} if platform_of(mesh) == "cpu" else None
 
 
+@once
+def zero_program(mesh: Mesh) -> Callable[[], Metrics]:
+    """Returns the compiled `Metrics.zero`, on all of the mesh's devices."""
+    return jax.jit(Metrics.zero, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
 def zero_metrics(mesh: Mesh) -> Metrics:
     """Returns an epoch's metrics before its first step, on all of the mesh's devices."""
-    return jax.device_put(Metrics.zero(), NamedSharding(mesh, PartitionSpec()))
+    return zero_program(mesh)()
 
 
 def fresh_progress(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Progress:
