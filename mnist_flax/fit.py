@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -69,6 +69,7 @@ from mnist_flax.workdir import (
 )
 
 T = TypeVar("T")
+FLAGS: Any = jax.config  # its attributes are made as they are defined
 
 # How long the device works between two looks of the host at the metrics and at interrupts.
 CALL_SECONDS = 0.5
@@ -485,10 +486,12 @@ def compile_programs(
 
 def compiled(program: Any, *operands: Any) -> Any:
     """Returns a jitted function compiled for operands like these; JAX_DISABLE_JIT leaves it."""
-    return program if jax.config.jax_disable_jit else program.lower(*operands).compile()
+    return program if FLAGS.jax_disable_jit else program.lower(*operands).compile()
 
 
-def without_nan_search(generate: Callable[..., Iterator[T]]) -> Callable[..., Iterator[T]]:
+def without_nan_search(
+    generate: Callable[..., Generator[T]],
+) -> Callable[..., Generator[T]]:
     """Makes a generator of a run's results work without JAX_DEBUG_NANS: it tests its own losses.
 
     JAX cannot say where in a compiled program a NaN is from. With JAX_DISABLE_JIT it can, and does.
@@ -496,7 +499,7 @@ def without_nan_search(generate: Callable[..., Iterator[T]]) -> Callable[..., It
 
     @functools.wraps(generate)
     def results(*args, **kwargs):
-        search = bool(jax.config.jax_debug_nans and jax.config.jax_disable_jit)
+        search = bool(FLAGS.jax_debug_nans and FLAGS.jax_disable_jit)
         with contextlib.closing(generate(*args, **kwargs)) as own:
             while True:
                 with jax.debug_nans(search):
@@ -605,7 +608,7 @@ def epochs(
     mesh: Mesh | None = None,
     progress: bool = False,
     interrupted: Callable[[], bool] = never,
-) -> Iterator[EpochResult]:
+) -> Generator[EpochResult]:
     """Trains, and yields one result an epoch. Stopping early is the caller's: leave the loop.
 
     Args:

@@ -17,7 +17,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -423,7 +423,7 @@ def member_epochs(
     mesh: Mesh,
     progress: bool,
     interrupted: Callable[[], bool],
-) -> Iterator[MembersProgress]:
+) -> Generator[MembersProgress]:
     """Trains, and yields the progress after each epoch, until every member has ended.
 
     Args:
