@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -184,6 +185,7 @@ def write(
         manager.save(step, args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(item)}))
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that decide what a checkpoint is made of."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}

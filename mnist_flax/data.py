@@ -105,6 +105,12 @@ class DatasetInfo:
     image_shape: tuple[int, int, int]
     fingerprint: str
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "DatasetInfo":
+        """Rebuilds it from its fields as JSON values, whose tuples have become lists."""
+        tuples: dict[str, Any] = {n: tuple(fields[n]) for n in ("class_names", "image_shape")}
+        return cls(**{**fields, **tuples})
+
 
 class Records:
     """Examples read from the prepared records when they are asked for, and not kept.
@@ -522,10 +528,7 @@ def _read_decoded(directory: Path) -> tuple[Examples, Examples, DatasetInfo] | N
 
 def _read_info(directory: Path) -> DatasetInfo | None:
     try:
-        fields = json.loads((directory / _INFO_FILE).read_text())
-        fields["class_names"] = tuple(fields["class_names"])
-        fields["image_shape"] = tuple(fields["image_shape"])
-        return DatasetInfo(**fields)
+        return DatasetInfo.from_dict(json.loads((directory / _INFO_FILE).read_text()))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -176,28 +177,28 @@ def load_run(workdir: str | Path) -> Run:
         raise InputError(f"there is no run in {workdir}: it has no {RECIPE_FILE}")
     if "seeds" in (values := read_json(path)):
         raise InputError(f"{workdir} holds a study of many networks; name the directory of a run")
-    recipe, infos = from_dict(values), []
+    recipe = from_dict(values)
 
-    def expect(record: dict[str, Any]) -> Any:
-        saved: dict[str, Any] = record["dataset"]
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        infos.append(DatasetInfo(**fields))  # pyright: ignore[reportArgumentType]
-        checkpoint.require_same(
-            record, checkpoint.identity(to_dict(recipe), infos[-1]), where=f"the run in {workdir}"
-        )
-        return checkpoint.progress_arrays(like(infos[-1]))
-
+    @functools.cache
     def like(info: DatasetInfo) -> checkpoint.Progress:
         return fresh_progress(recipe, info, steps=1, mesh=data_mesh(1))
+
+    def expect(record: dict[str, Any]) -> Any:
+        info = DatasetInfo.from_dict(record["dataset"])
+        checkpoint.require_same(
+            record, checkpoint.identity(to_dict(recipe), info), where=f"the run in {workdir}"
+        )
+        return checkpoint.progress_arrays(like(info))
 
     saved = checkpoint.newest(workdir, expect, strict=False, set_aside=False)
     if saved is None:
         raise InputError(f"the run in {workdir} has no checkpoint yet; let it train for longer")
-    progress = checkpoint.progress_of(saved, like(infos[-1]).state)
+    info = DatasetInfo.from_dict(saved.record["dataset"])
+    progress = checkpoint.progress_of(saved, like(info).state)
     return Run(
         workdir,
         recipe,
-        infos[-1],
+        info,
         progress.best if progress.best_epoch else progress.state,
         progress.best_epoch,
         len(progress.history),
