@@ -150,7 +150,8 @@ def study(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> 
         "test_seconds": time.perf_counter() - fitted,
         **seeds_script.statistics(accuracies),
         "test_accuracies": accuracies.tolist(),
-        "diverged": [seed for i, seed in enumerate(seeds) if i not in alive],
+        "diverged": len(seeds) - len(alive),
+        "diverged_seeds": [seed for i, seed in enumerate(seeds) if i not in alive],
     }
 
 

@@ -36,7 +36,7 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
     text = os.fspath(path)
     if _SCHEME.match(text):
         address = re.sub(":/+", "://", text, count=1)  # a Path has lost one of the two slashes
-        raise InputError(f"{name} must be a local path, got {address}")
+        raise InputError(f"{name} must be a local path, but is {address}")
     try:
         return Path(text).expanduser()
     except RuntimeError:
