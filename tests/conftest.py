@@ -18,9 +18,14 @@ from mnist_flax.recipes import (
     ScheduleConfig,
 )
 
-# Most of the tests' time is compilation; LLVM's first level saves a sixth of the whole. Tests of
-# what the bits of several devices and processes depend on clear the variable, as users leave it.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Most of the tests' time is compilation: without LLVM's optimizations and XLA's fusion emitters it
+# takes a third. `make test-all` compiles as users do, and so do, always, the tests of what the bits
+# of several devices and processes depend on: they clear the variable.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):  # XLA lost the flag
+    QUICK_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+if "MNIST_FLAX_TEST_ALL" not in os.environ:
+    os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)
 if not hasattr(jax, "enable_x64"):  # its place until jax 0.8
     jax.enable_x64 = jax.experimental.enable_x64
 jax.config.update("jax_numpy_rank_promotion", "raise")
