@@ -24,7 +24,8 @@ from mnist_flax.recipes import (
 QUICK_COMPILATION = "--xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):  # XLA lost the flag
     QUICK_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
-if "MNIST_FLAX_TEST_ALL" not in os.environ:
+ALL = "MNIST_FLAX_TEST_ALL" in os.environ
+if not ALL:
     os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)
 if not hasattr(jax, "enable_x64"):  # its place until jax 0.8
     jax.enable_x64 = jax.experimental.enable_x64
@@ -50,7 +51,7 @@ def tries(number: int) -> int:
 
     For properties of which each example compiles a program of its own.
     """
-    return number if "MNIST_FLAX_TEST_ALL" in os.environ else -(-number // 3)
+    return number if ALL else -(-number // 3)
 
 
 def head(examples, count):

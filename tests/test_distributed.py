@@ -15,6 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ALL
 from test_archives import write_subset
 
 from mnist_flax import checkpoint
@@ -24,7 +25,8 @@ from mnist_flax.hosts import HEARTBEAT_SECONDS, initialize
 from mnist_flax.results import digest, load_run
 
 TRAIN = str(Path(__file__).parents[1] / "experiments" / "train.py")
-# 100 steps an epoch, which take longer than writing a checkpoint.
+# What `make test-all` kills needs 100 steps an epoch, which take longer than writing a checkpoint.
+STEPS = 100 if ALL else 10
 SMALL = "--val-size 200 --epochs 3 --batch-size 50 --model.widths 4 8 --model.padding SAME VALID"
 SMALL += " --model.pool True True --model.hidden 16 --model.dropout 0.2"
 # As many threads in XLA, whatever the machine, in one process and in two; compiled as a user's are.
@@ -140,9 +142,9 @@ def rows(workdir):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """5,000 training, 200 validation and 200 test examples, prepared."""
+    """STEPS batches of training, 200 validation and 200 test examples, prepared."""
     directory = tmp_path_factory.mktemp("job")
-    archives = write_subset(directory / "archives", num_train=5200, num_test=200)
+    archives = write_subset(directory / "archives", num_train=200 + 50 * STEPS, num_test=200)
     load_splits("mnist", val_size=200, data_dir=directory / "data", archives=archives)
     places = ("--data-dir", str(directory / "data"), "--archives", str(archives))
     return Job(directory, (*SMALL.split(), *places))
@@ -178,12 +180,12 @@ def test_the_bits_are_those_of_one_process(streamed, alone):
 
 def test_each_process_reads_only_its_shard_of_the_stream(streamed):
     _, read = streamed
-    assert [indices.shape for indices in read] == [(300, 25)] * 2
+    assert [indices.shape for indices in read] == [(3 * STEPS, 25)] * 2
     both_SB = np.concatenate(read, axis=1)
-    epochs = both_SB.reshape(3, 100, 50)
+    epochs = both_SB.reshape(3, STEPS, 50)
     assert not np.array_equal(epochs[0], epochs[1])
     for epoch_SB in epochs:
-        assert np.array_equal(np.sort(epoch_SB, axis=None), np.arange(5000))
+        assert np.array_equal(np.sort(epoch_SB, axis=None), np.arange(50 * STEPS))
 
 
 def test_process_0_alone_writes_but_for_checkpoints(streamed):
@@ -195,6 +197,7 @@ def test_process_0_alone_writes_but_for_checkpoints(streamed):
     assert {"result.json", "metrics.jsonl", "curves.png"} < {path.name for path in files}
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_job_and_resuming_ends_with_the_same_bits(job, alone):
     workdir = job.directory / "lost"
     processes = job.start("--workdir", "lost")

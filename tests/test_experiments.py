@@ -299,7 +299,14 @@ def test_a_file_that_fails_its_check_is_not_left_behind(run, message, tmp_path, 
     assert [each.name for each in path.parent.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize("name", ["report", "predict", "export"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "report",
+        pytest.param("predict", marks=pytest.mark.slow),
+        pytest.param("export", marks=pytest.mark.slow),
+    ],
+)
 def test_a_directory_without_a_run_is_one_line(name, tmp_path):
     run = experiment(name, tmp_path, *(["x.png"] if name == "predict" else []), cwd=tmp_path)
     assert run.returncode == 2
@@ -308,6 +315,7 @@ def test_a_directory_without_a_run_is_one_line(name, tmp_path):
     assert refusal.startswith("error: there is no ")
 
 
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_and_the_run_resumes(few_archives, tmp_path):
     long = [*FEW, "--epochs", "400", "--workdir", str(tmp_path / "run")]
     process = subprocess.Popen(
@@ -378,20 +386,40 @@ def from_archives(archives, directory):
     return ["--archives", str(archives), "--data-dir", str(directory / "data"), "--devices", "1"]
 
 
-def test_an_interrupted_study_continues_and_reports_the_mean_of_what_it_trained(
-    few_archives, tmp_path
-):
-    words = script("seeds", *FEW, "--epochs", "4", "--seeds", "3", "--views", "2")
-    words += from_archives(few_archives, tmp_path)
-    workdir = tmp_path / "runs" / "seeds-default"
-    rows = workdir / "members-0" / "metrics.jsonl"
-    victim = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+INTERRUPTED = pytest.mark.parametrize(
+    "interrupted", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+
+
+def interrupt_and_resume(words, rows, *, cwd):
+    """Runs a study that is told to end once `rows` has a row; returns how its continuation ends."""
+    victim = subprocess.Popen(words, cwd=cwd, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: rows.exists() and rows.read_text(), victim)
     victim.send_signal(signal.SIGTERM)
     assert "continue with the same command and --resume" in victim.communicate()[1]
     assert victim.returncode == 128 + signal.SIGTERM
-    assert 0 < len(rows.read_text().splitlines()) < 12
-    run = run_words([*words, "--resume"], cwd=tmp_path)
+    again = run_words(words, cwd=cwd)
+    assert again.returncode == 2
+    assert "holds a run; give --resume" in again.stderr
+    return run_words([*words, "--resume"], cwd=cwd)
+
+
+@INTERRUPTED
+def test_a_study_reports_the_mean_of_what_it_trained(interrupted, few_archives, tmp_path):
+    """Also where it was interrupted."""
+    words = script("seeds", *FEW, "--epochs", "4", "--seeds", "3", "--views", "2")
+    words += from_archives(few_archives, tmp_path)
+    workdir = tmp_path / "runs" / "seeds-default"
+    rows = workdir / "members-0" / "metrics.jsonl"
+    if interrupted:
+        victim = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: rows.exists() and rows.read_text(), victim)
+        victim.send_signal(signal.SIGTERM)
+        assert "continue with the same command and --resume" in victim.communicate()[1]
+        assert victim.returncode == 128 + signal.SIGTERM
+        assert 0 < len(rows.read_text().splitlines()) < 12
+        words = [*words, "--resume"]
+    run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert len(rows.read_text().splitlines()) == 12
     study = json.loads((workdir / "study.json").read_text())["studies"]["default"]
@@ -489,26 +517,18 @@ def test_an_impossible_study_is_refused_before_any_work(arguments, message, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def interrupt_and_resume(words, rows, *, cwd):
-    """Runs a study that is told to end once `rows` has a row; returns how its continuation ends."""
-    victim = subprocess.Popen(words, cwd=cwd, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: rows.exists() and rows.read_text(), victim)
-    victim.send_signal(signal.SIGTERM)
-    assert "continue with the same command and --resume" in victim.communicate()[1]
-    assert victim.returncode == 128 + signal.SIGTERM
-    again = run_words(words, cwd=cwd)
-    assert again.returncode == 2
-    assert "holds a run; give --resume" in again.stderr
-    return run_words([*words, "--resume"], cwd=cwd)
-
-
-def test_folds_tests_every_training_image_once(few_archives, tmp_path):
+@INTERRUPTED
+def test_folds_tests_every_training_image_once(interrupted, few_archives, tmp_path):
     """Also where it was interrupted."""
     words = script("folds", *SMALL, "--val-size", "0")
     words += ["--epochs", "2", "--optimizer.learning-rate", "0.4", "--folds", "2"]
     words += ["--views", "2", *from_archives(few_archives, tmp_path)]
     rows = tmp_path / "runs" / "folds-default" / "fold-1" / "metrics.jsonl"
-    run = interrupt_and_resume(words, rows, cwd=tmp_path)
+    run = (
+        interrupt_and_resume(words, rows, cwd=tmp_path)
+        if interrupted
+        else run_words(words, cwd=tmp_path)
+    )
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "runs" / "folds-default" / "folds.json").read_text())
     assert sum(found["sizes"]) == 12000
@@ -667,7 +687,10 @@ def test_the_time_to_an_accuracy_is_the_quickest_networks():
     assert [row.get("seconds") for row in times] == [1.5, 8.5, None]
 
 
-def test_sweep_chooses_on_validation_and_trains_the_winner_anew(few_archives, tmp_path):
+@INTERRUPTED
+def test_sweep_chooses_on_validation_and_trains_the_winner_anew(
+    interrupted, few_archives, tmp_path
+):
     """Also where it was interrupted.
 
     At a learning rate of 1e-9 nothing is learnt, so the choice is known beforehand.
@@ -676,7 +699,12 @@ def test_sweep_chooses_on_validation_and_trains_the_winner_anew(few_archives, tm
     words += ["--vary", "optimizer.learning-rate=1e-9,0.4", "--search-val-size", "500"]
     words += ["--seeds", "1", "--fresh-seeds", "2", *from_archives(few_archives, tmp_path)]
     workdir = tmp_path / "runs" / "sweep-default"
-    run = interrupt_and_resume(words, workdir / "search-0" / "metrics.jsonl", cwd=tmp_path)
+    rows = workdir / "search-0" / "metrics.jsonl"
+    run = (
+        interrupt_and_resume(words, rows, cwd=tmp_path)
+        if interrupted
+        else run_words(words, cwd=tmp_path)
+    )
     assert run.returncode == 0, run.stderr
     sweep = json.loads((workdir / "sweep.json").read_text())
     rates = [1e-9, 0.4]
@@ -776,11 +804,13 @@ def test_fuzzing_finds_nothing(target, tmp_path):
     ("arguments", "message"),
     [
         (["--recipe", "defualt"], "did you mean default"),
-        (["--dataset", "mnits"], "mnist"),
+        pytest.param(["--dataset", "mnits"], "mnist", marks=pytest.mark.slow),
         (["--batch-size", "70000"], "batch_size is 70000"),
-        (["--resume", "--workdir", "nowhere"], "no run to resume"),
-        (["--resume"], "give --workdir"),
-        (["--archives", "nowhere"], "nowhere"),
+        pytest.param(
+            ["--resume", "--workdir", "nowhere"], "no run to resume", marks=pytest.mark.slow
+        ),
+        pytest.param(["--resume"], "give --workdir", marks=pytest.mark.slow),
+        pytest.param(["--archives", "nowhere"], "nowhere", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("splits")

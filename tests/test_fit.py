@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import MODEL, RECIPE, head
+from conftest import ALL, MODEL, RECIPE, head
 from flax import nnx
 from tensorboardX.proto import event_pb2
 
@@ -86,10 +86,13 @@ def test_two_runs_are_the_same_bits_and_another_seed_is_not(whole, small):
     assert other.train_loss != whole[0].history[0]["train_loss"]
 
 
+SHORT = 410 if ALL else 210  # examples, of which 10 are left over
+
+
 @pytest.fixture(scope="module")
 def short(small):
-    """A run of 3 epochs of 8 steps, resident."""
-    splits = dataclasses.replace(small, train=head(small.train, 410))
+    """A run of 3 epochs of 8 steps or of 4, resident."""
+    splits = dataclasses.replace(small, train=head(small.train, SHORT))
     return splits, fit(RECIPE, splits, progress=False)
 
 
@@ -98,9 +101,9 @@ def test_interrupted_after_every_step_and_resumed_is_the_same_bits(form, short, 
     splits, whole = short
     if form == "streamed":
         records = load_splits("mnist", val_size=5000, data_dir=data_dir, stream=True).train
-        records._indices_N = records._indices_N[:410]
+        records._indices_N = records._indices_N[:SHORT]
         splits = dataclasses.replace(splits, train=records)
-    for step in range(1, 24):
+    for step in range(1, 3 * (SHORT // 50)):
         with pytest.raises(Interrupted, match=f"after step {step}$"):
             fit(
                 RECIPE,
@@ -134,7 +137,7 @@ def test_the_seconds_of_an_interrupted_epoch_count(small, tmp_path):
 
 
 @pytest.mark.parametrize("calls", range(1, 9))
-def test_to_be_interrupted_once_is_enough(calls, small):
+def test_to_be_interrupted_once_is_enough(calls, short):
     """Whichever call it is that is told so: an epoch's last one, too."""
     count = iter(range(1, 10**9))
     told = []
@@ -143,10 +146,9 @@ def test_to_be_interrupted_once_is_enough(calls, small):
         told.append(next(count) == calls)
         return told[-1]
 
-    splits = dataclasses.replace(small, train=head(small.train, 410))
     results = []
     with pytest.raises(Interrupted):
-        results += epochs(RECIPE, splits, interrupted=once)
+        results += epochs(RECIPE, short[0], interrupted=once)
     assert len(told) == calls
 
 

@@ -223,7 +223,7 @@ def test_forward_mode_through_a_training_step():
 
 
 SHARDED = """
-import contextlib, functools, re
+import contextlib, functools, re, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
@@ -257,9 +257,8 @@ def check(own, type_, *, context):
     for name in "all-gather", "all-to-all":
         assert not re.search(rf" {name}(?:-start)?\\(", run.as_text()), (own, type_, name)
 
-check(ops.REFERENCE, AxisType.Explicit, context=True)
-check(ops.CPU, AxisType.Explicit, context=False)
-check(ops.CPU, AxisType.Auto, context=False)
+own, type_, context = sys.argv[1:]
+check(getattr(ops, own), getattr(AxisType, type_), context=context == "in context")
 print("agreed")
 """
 
@@ -276,11 +275,24 @@ def test_with_float64_allowed_a_state_is_float32_and_stays_so(splits, name):
         assert {leaf.dtype for leaf in own} == {jnp.dtype("float32")}
 
 
-def test_the_steps_work_on_meshes_of_explicit_axes():
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("CPU", "Explicit", "in no context"),
+        pytest.param(("CPU", "Auto", "in no context"), marks=pytest.mark.slow),
+        pytest.param(("REFERENCE", "Explicit", "in context"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
+def test_the_steps_work_on_meshes_of_explicit_axes(words):
     """And of Auto ones; where there is no mesh in context, too. The batch is never gathered."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)])}
     run = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SHARDED, *words],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.stdout == "agreed\n", run.stderr
 
