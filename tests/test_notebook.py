@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import nbformat
 import pytest
+from conftest import ALL
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 
@@ -23,6 +24,13 @@ def executed(data_dir, tmp_path_factory):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = {cell.id: cell for cell in notebook.cells}
     cells["parameters"].source = "EPOCHS = 1\nNUM_TRAIN = 512\nNUM_TEST = 500"
+    if not ALL:
+        cells["recipe"].source = """
+from mnist_flax.model import CNNConfig
+
+model = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(), patch=2)
+recipe = dataclasses.replace(DEFAULT, epochs=EPOCHS, val_size=500, model=model)
+"""
     # It would install into the environment that runs the tests.
     cells["install"].source = ""
     with pytest.MonkeyPatch.context() as environment:
