@@ -18,10 +18,11 @@ from mnist_flax.recipes import (
     ScheduleConfig,
 )
 
-# Most of the tests' time is compilation: without LLVM's optimizations and XLA's fusion emitters it
-# takes a third. `make test-all` compiles as users do, and so do, always, the tests of what the bits
-# of several devices and processes depend on: they clear the variable.
-QUICK_COMPILATION = "--xla_backend_optimization_level=0"
+# Most of the tests' time is compilation, which takes half without most of LLVM's optimizations and
+# without XLA's fusion emitters (at LLVM's level 0, runs that must be the same bits are not). `make
+# test-all` compiles as users do, and so do, always, the tests of what the bits of several devices
+# depend on: they clear the variable.
+QUICK_COMPILATION = "--xla_backend_optimization_level=1"
 if jax.__version_info__ < (0, 11):  # XLA lost the flag
     QUICK_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 ALL = "MNIST_FLAX_TEST_ALL" in os.environ

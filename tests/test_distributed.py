@@ -29,8 +29,10 @@ TRAIN = str(Path(__file__).parents[1] / "experiments" / "train.py")
 STEPS = 100 if ALL else 10
 SMALL = "--val-size 200 --epochs 3 --batch-size 50 --model.widths 4 8 --model.padding SAME VALID"
 SMALL += " --model.pool True True --model.hidden 16 --model.dropout 0.2"
-# As many threads in XLA, whatever the machine, in one process and in two; compiled as a user's are.
-SAME_BITS = {"NPROC": "2", "XLA_FLAGS": ""}
+SMALL += "" if ALL else " --model.patch 2 --model.pool False True"
+# As many threads in XLA, whatever the machine, in one process and in two; in `make test-all`
+# compiled as a user's are.
+SAME_BITS = {"NPROC": "2"} | ({"XLA_FLAGS": ""} if ALL else {})
 
 # train.py, which also notes the records that it reads: their indices, in a file a process.
 NOTING = """
