@@ -31,13 +31,13 @@ import report
 import seeds
 import sweep
 import tensorflow_datasets as tfds
-from conftest import RECIPE, head
+from conftest import ALL, RECIPE, head
 from flax import nnx
 from hypothesis import given, settings
 from PIL import Image
 from scipy import stats
 from test_archives import write_subset
-from test_members import SEEDS, STOPPING
+from test_members import PLAIN, SEEDS, STOPPING
 
 from mnist_flax import command_line
 from mnist_flax.archives import MNIST_FINGERPRINT, disputed_test_labels
@@ -66,6 +66,7 @@ SMALL += ["--model.widths", "4", "8", "--model.padding", "SAME", "VALID"]
 SMALL += ["--model.pool", "True", "True", "--optimizer.learning-rate", "0.01"]
 SMALL += ["--stopping.patience", "None"]
 FEW = [*SMALL, "--val-size", "2000"]  # of `few_archives`: 100 steps an epoch
+NUM_TEST = 2000 if ALL else 500
 
 
 def script(name, *arguments):
@@ -92,8 +93,9 @@ def train(*arguments, cwd, **places):
 
 @pytest.fixture(scope="module")
 def few_archives(tmp_path_factory):
-    """The first 12,000 training and 2,000 test examples of MNIST, as archives."""
-    return write_subset(tmp_path_factory.mktemp("few") / "own", num_train=12_000, num_test=2000)
+    """The first 12,000 training and NUM_TEST test examples of MNIST, as archives."""
+    directory = tmp_path_factory.mktemp("few") / "own"
+    return write_subset(directory, num_train=12_000, num_test=NUM_TEST)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_a_run_leaves_its_results(finished):
     result = json.loads((finished / "result.json").read_text())
     last = (finished.parents[1] / "stdout.txt").read_text().splitlines()[-1]
     correct, accuracy = result["test_correct"], result["test_accuracy"]
-    assert last == f"test accuracy {accuracy:.2%} ({correct}/2000)"
+    assert last == f"test accuracy {accuracy:.2%} ({correct}/{NUM_TEST})"
     assert accuracy == correct / result["test_total"]
     assert set(result["seconds"]) == {"data", "compile", "train", "eval"}
     assert len(result["digest"]) == 64
@@ -139,7 +141,7 @@ def test_report_is_one_page_with_the_runs_numbers(finished, few_archives, tmp_pa
     (numbers,) = json.loads((tmp_path / "report" / "report.json").read_text())
     result = json.loads((finished / "result.json").read_text())
     assert numbers["correct"] == result["test_correct"]
-    assert sum(map(sum, numbers["confusion"])) == 2000
+    assert sum(map(sum, numbers["confusion"])) == NUM_TEST
     assert "label_noise" not in numbers  # the audit is of all of MNIST's own test images
     loaded = load_run(finished)
     splits = load_splits("mnist", val_size=loaded.recipe.val_size, archives=few_archives)
@@ -266,7 +268,7 @@ def test_export_checks_both_files_on_the_whole_test_split(finished, few_archives
     words = [finished, "--archives", few_archives, "--out", tmp_path / "export"]
     run = experiment("export", *words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("on 2,000 images, predictions the same") == 2
+    assert run.stdout.count(f"on {NUM_TEST:,} images, predictions the same") == 2
     result = json.loads((finished / "result.json").read_text())
     assert (tmp_path / "export" / "model.stablehlo").stat().st_size > 4 * result["parameters"]
     assert (tmp_path / "export" / "model.onnx").stat().st_size > 4 * result["parameters"]
@@ -547,7 +549,7 @@ def test_a_fold_is_not_trained_on(small):
     labels[held_out] = (labels[held_out] + 1) % 10
     train = dataclasses.replace(small.train, labels=labels)
     wrong = dataclasses.replace(small, train=train, val=head(small.val, 0))
-    recipe = dataclasses.replace(folds.without_validation(RECIPE), epochs=20, batch_size=30)
+    recipe = dataclasses.replace(folds.without_validation(PLAIN), epochs=20, batch_size=30)
     rest = folds.without(wrong, held_out)
     assert rest.info.fingerprint != folds.without(wrong, held_out[1:]).info.fingerprint
     found = evaluate(fit(recipe, rest, progress=False).state, take(wrong.train, held_out))
@@ -569,7 +571,7 @@ def test_the_mean_of_folds_is_over_those_that_did_not_diverge():
 def test_a_seed_that_diverges_is_named_and_the_mean_is_the_others(small, splits, data_dir):
     """The second of four: its numbers are infinite from the first step on."""
     result = fit_many(
-        RECIPE,
+        dataclasses.replace(PLAIN, epochs=1),
         small,
         seeds=range(4),
         vary={"optimizer.learning_rate": [0.05, 1e30, 0.05, 0.05]},
@@ -648,6 +650,7 @@ def test_a_gpu_study_of_no_recipe_is_refused():
 
 def test_the_parts_of_the_gpu_study(small):
     """Of a recipe and as many seeds as test_members.py compiles too."""
+    small = dataclasses.replace(small, test=head(small.test, 10_000 if ALL else 1000))
     single = gpu_study.single(STOPPING, small, seeds=SEEDS[:2], late=never)
     together = gpu_study.study(STOPPING, small, seeds=SEEDS, late=never)
     for part in (single, together):

@@ -272,7 +272,18 @@ def test_the_last_share_of_a_run_is_not_augmented(small):
     np.testing.assert_allclose(ends, [first.train_loss, second.train_loss], rtol=1e-4)
 
 
-def test_each_column_learns(small):
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerConfig("adamw", learning_rate=0.02, momentum=None),
+        pytest.param(
+            OptimizerConfig("muon", learning_rate=0.2, ns_steps=2, adam_ratio=0.1),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda config: config.name,
+)
+def test_each_column_learns(optimizer, small):
     """From its own share of every batch; `fit_many` trains the same."""
     model = dataclasses.replace(MODEL, hidden=())
     recipe = dataclasses.replace(
@@ -280,7 +291,7 @@ def test_each_column_learns(small):
         augment=AffineConfig(),
         model=model,
         columns=(dataclasses.replace(model, normalize=True),),
-        optimizer=OptimizerConfig("muon", learning_rate=0.2, ns_steps=2, adam_ratio=0.1),
+        optimizer=optimizer,
     )
     state = fit(recipe, small, progress=False).state
     network = to_model(state)

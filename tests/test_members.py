@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import seeds
-from conftest import MODEL, RECIPE, head
+from conftest import ALL, MODEL, RECIPE, head
 from test_fit import after, bits, timeless
 
 from mnist_flax.data import epoch_order, load_splits
@@ -115,7 +115,7 @@ def test_a_varied_number_is_the_recipes_own(small):
     result = fit_many(recipe, small, seeds=[5] * len(members), vary=vary, progress=False)
     losses = [history[0]["train_loss"] for history in result.histories]
     assert len(set(losses)) == len(losses)  # every field has an effect
-    for i in (0, len(members) - 1):
+    for i in (0, len(members) - 1) if ALL else (len(members) - 1,):
         own = with_fields(recipe, {"seed": 5} | {name: vary[name][i] for name in vary})
         assert result.recipes[i] == own
         (row,) = fit(own, small, progress=False).history
