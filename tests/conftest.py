@@ -35,6 +35,8 @@ jax.config.update("jax_debug_key_reuse", True)
 
 # A run of seconds, for what loops and checkpoints must do.
 MODEL = CNNConfig(widths=(4, 8), padding=("SAME", "VALID"), pool=(True, True), hidden=(16,))
+# For runs of which the network does not matter: half as much to compile.
+TINY = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(16,), patch=2)
 RECIPE = Recipe(
     val_size=500,
     epochs=3,

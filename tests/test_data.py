@@ -324,6 +324,7 @@ print(splits.info.fingerprint, {"tensorflow_datasets", "array_record"} & set(sys
 
 
 class TestProcesses:
+    @pytest.mark.slow
     def test_killed_at_any_moment_it_prepares_again(self, tmp_path):
         archives = write_subset(tmp_path / "archives", num_train=4000, num_test=500)
         rng = random.Random(0)

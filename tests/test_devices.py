@@ -220,15 +220,17 @@ def test_a_run_on_many_devices_is_the_run_on_one(devices, data_dir, tmp_path):
     assert run(SCRIPT, data_dir, tmp_path / "run", *devices) == "agreed\n"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("splits")
-@pytest.mark.parametrize("devices", [(4, 1), pytest.param((8, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices", [(4, 1), (8, 2)])
 def test_members_on_many_devices_are_those_on_one(devices, data_dir, tmp_path):
     """Within 2e-5 of any parameter after 50 steps; a checkpoint of many continues on fewer."""
     assert run(MEMBERS, data_dir, tmp_path / "study", *devices) == "agreed\n"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("splits")
-@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_bits_do_not_depend_on_how_an_epoch_is_divided_into_calls(precision, data_dir):
     """With two threads, convolutions of XLA itself are wrong from the 16th step of a call."""
     assert run(DIVIDED, data_dir, precision, NPROC="2", XLA_FLAGS="") == "agreed\n"

@@ -283,7 +283,10 @@ def test_a_directory_that_is_not_shared_is_refused(job, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "give --workdir"), (["--workdir", "run"], "set JAX_COORDINATOR_ADDRESS")],
+    [
+        ([], "give --workdir"),
+        pytest.param(["--workdir", "run"], "set JAX_COORDINATOR_ADDRESS", marks=pytest.mark.slow),
+    ],
 )
 def test_a_job_that_is_not_there_is_one_line(words, message, tmp_path):
     run = subprocess.run(

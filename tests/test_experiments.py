@@ -31,7 +31,7 @@ import report
 import seeds
 import sweep
 import tensorflow_datasets as tfds
-from conftest import ALL, RECIPE, head
+from conftest import ALL, RECIPE, TINY, head
 from flax import nnx
 from hypothesis import given, settings
 from PIL import Image
@@ -133,6 +133,7 @@ def test_a_run_leaves_its_results(finished):
             assert min(picture.size) > 300
 
 
+@pytest.mark.slow
 def test_report_is_one_page_with_the_runs_numbers(finished, few_archives, tmp_path):
     run = experiment(
         "report", finished, "--archives", few_archives, "--out", tmp_path / "report", cwd=tmp_path
@@ -571,7 +572,7 @@ def test_the_mean_of_folds_is_over_those_that_did_not_diverge():
 def test_a_seed_that_diverges_is_named_and_the_mean_is_the_others(small, splits, data_dir):
     """The second of four: its numbers are infinite from the first step on."""
     result = fit_many(
-        dataclasses.replace(PLAIN, epochs=1),
+        dataclasses.replace(PLAIN, epochs=1, model=TINY),
         small,
         seeds=range(4),
         vary={"optimizer.learning_rate": [0.05, 1e30, 0.05, 0.05]},
@@ -648,9 +649,9 @@ def test_a_gpu_study_of_no_recipe_is_refused():
     gpu_study.Command(single_recipes=())
 
 
+@pytest.mark.slow
 def test_the_parts_of_the_gpu_study(small):
     """Of a recipe and as many seeds as test_members.py compiles too."""
-    small = dataclasses.replace(small, test=head(small.test, 10_000 if ALL else 1000))
     single = gpu_study.single(STOPPING, small, seeds=SEEDS[:2], late=never)
     together = gpu_study.study(STOPPING, small, seeds=SEEDS, late=never)
     for part in (single, together):
@@ -690,6 +691,7 @@ def test_the_time_to_an_accuracy_is_the_quickest_networks():
     assert [row.get("seconds") for row in times] == [1.5, 8.5, None]
 
 
+@pytest.mark.slow
 @INTERRUPTED
 def test_sweep_chooses_on_validation_and_trains_the_winner_anew(
     interrupted, few_archives, tmp_path

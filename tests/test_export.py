@@ -30,7 +30,15 @@ print("agreed")
 """
 
 
-@pytest.fixture(scope="module", params=["default", "seed", "tiny700", "columns"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "default",
+        pytest.param("seed", marks=pytest.mark.slow),
+        pytest.param("tiny700", marks=pytest.mark.slow),
+        "columns",
+    ],
+)
 def state(request, splits):
     """A network with statistics that are not those it began with."""
     small = dataclasses.replace(RECIPES["quick"], columns=(RECIPES["tiny700"].model,))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ALL, MODEL, RECIPE, head
+from conftest import ALL, MODEL, RECIPE, TINY, head
 from flax import nnx
 from tensorboardX.proto import event_pb2
 
@@ -157,6 +157,7 @@ def test_resuming_a_finished_run_gives_its_result(whole, small):
     assert_same_run(result, fit(RECIPE, small, workdir=workdir, resume=True, progress=False))
 
 
+@pytest.mark.slow
 def test_streamed_is_the_same_bits(whole, data_dir):
     """The records of the same 1,230 examples, read by TFDS and Grain."""
     streamed = load_splits("mnist", val_size=5000, seed=0, data_dir=data_dir, stream=True)
@@ -230,6 +231,8 @@ def scalars(workdir):
 def test_plateau_lowers_the_rate_and_the_row_says_so(small):
     recipe = dataclasses.replace(
         RECIPE,
+        model=TINY,
+        augment=AffineConfig(),
         schedule=ScheduleConfig(),
         plateau=PlateauConfig(patience=1, factor=0.5, min_delta=0.99),
     )
@@ -238,7 +241,9 @@ def test_plateau_lowers_the_rate_and_the_row_says_so(small):
 
 
 def test_without_validation_the_last_state_is_kept(small):
-    recipe = dataclasses.replace(RECIPE, val_size=0, epochs=2, plateau=PlateauConfig())
+    recipe = dataclasses.replace(
+        RECIPE, val_size=0, epochs=2, model=TINY, augment=AffineConfig(), plateau=PlateauConfig()
+    )
     everything = dataclasses.replace(small, val=head(small.val, 0))
     result = fit(recipe, everything, progress=False)
     assert (result.best_epoch, int(result.state.step)) == (2, 48)
@@ -264,7 +269,7 @@ def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(small):
 
 def test_the_last_share_of_a_run_is_not_augmented(small):
     """As if a recipe without augmentation had gone on from there."""
-    ending = dataclasses.replace(RECIPE, epochs=2, plain_share=0.5)
+    ending = dataclasses.replace(RECIPE, epochs=2, model=TINY, plain_share=0.5)
     first = next(epochs(dataclasses.replace(ending, plain_share=0.0), small))
     plain = dataclasses.replace(ending, plain_share=0.0, augment=AffineConfig())
     (second,) = epochs(plain, small, start=first.state)
@@ -272,18 +277,8 @@ def test_the_last_share_of_a_run_is_not_augmented(small):
     np.testing.assert_allclose(ends, [first.train_loss, second.train_loss], rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        OptimizerConfig("adamw", learning_rate=0.02, momentum=None),
-        pytest.param(
-            OptimizerConfig("muon", learning_rate=0.2, ns_steps=2, adam_ratio=0.1),
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=lambda config: config.name,
-)
-def test_each_column_learns(optimizer, small):
+@pytest.mark.slow
+def test_each_column_learns(small):
     """From its own share of every batch; `fit_many` trains the same."""
     model = dataclasses.replace(MODEL, hidden=())
     recipe = dataclasses.replace(
@@ -291,7 +286,7 @@ def test_each_column_learns(optimizer, small):
         augment=AffineConfig(),
         model=model,
         columns=(dataclasses.replace(model, normalize=True),),
-        optimizer=optimizer,
+        optimizer=OptimizerConfig("muon", learning_rate=0.2, ns_steps=2, adam_ratio=0.1),
     )
     state = fit(recipe, small, progress=False).state
     network = to_model(state)
@@ -319,6 +314,7 @@ def test_parameters_that_are_not_finite_are_noticed_after_the_last_step(small):
         RECIPE,
         val_size=0,
         epochs=1,
+        model=TINY,
         augment=AffineConfig(),
         optimizer=OptimizerConfig(learning_rate=1e30),
         schedule=ScheduleConfig(),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import seeds
-from conftest import ALL, MODEL, RECIPE, head
+from conftest import ALL, MODEL, RECIPE, TINY, head
 from test_fit import after, bits, timeless
 
 from mnist_flax.data import epoch_order, load_splits
@@ -93,6 +93,7 @@ def test_a_varied_number_is_the_recipes_own(small):
     recipe = dataclasses.replace(
         PLAIN,
         epochs=1,
+        model=TINY,
         plain_share=0.5,
         augment=AffineConfig(rotate=5.0),
         optimizer=OptimizerConfig("muon", learning_rate=0.1, ns_steps=2, adam_ratio=0.1),
@@ -122,7 +123,7 @@ def test_a_varied_number_is_the_recipes_own(small):
         np.testing.assert_allclose(losses[i], row["train_loss"], rtol=2e-4)
 
 
-@pytest.mark.parametrize("calls", [1, 8])
+@pytest.mark.parametrize("calls", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_interrupted_anywhere_and_resumed_is_the_same_study(study, small, tmp_path, calls):
     run = dict(seeds=SEEDS, workdir=tmp_path, progress=False)
     with pytest.raises(Interrupted) as stop:

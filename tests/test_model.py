@@ -192,6 +192,7 @@ def test_a_recipes_state_has_the_operations_that_it_is_given(splits, platform):
     assert all(conv.ops is few for conv in tiny.convs)
 
 
+@pytest.mark.slow
 def test_forward_mode_through_a_training_step():
     """A Hessian-vector product, forward over reverse, against differences of gradients."""
     state, x = tiny_state(ops.REFERENCE), images(4, (12, 12, 1))
@@ -263,7 +264,14 @@ print("agreed")
 """
 
 
-@pytest.mark.parametrize("name", ["quick", "tiny700", "tiny2k"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("quick", marks=pytest.mark.slow),
+        "tiny700",
+        pytest.param("tiny2k", marks=pytest.mark.slow),
+    ],
+)
 def test_with_float64_allowed_a_state_is_float32_and_stays_so(splits, name):
     """JAX_ENABLE_X64: a step's state has the types of the one before, so steps can be scanned."""
     with jax.enable_x64(True):
