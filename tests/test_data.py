@@ -500,6 +500,7 @@ for arguments in ({{"name": "mnist", "stream": True}}, {{"name": "kmnist"}}):
             assert "pip install 'mnist_flax[tfds]'" in message
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.slow
     def test_a_run_imports_neither_tfds_nor_an_installed_tensorflow(self, tmp_path):
         package = tmp_path / "tensorflow"
         package.mkdir()

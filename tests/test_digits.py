@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from conftest import ALL
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from scipy import ndimage
 
@@ -68,14 +69,14 @@ def sample(splits):
 
 
 def test_the_test_split_at_400_pixels(state, sample, tmp_path):
-    images, labels = sample
+    images, labels = (array[: 150 if ALL else 50] for array in sample)
     assert accuracy(state, [render(image) for image in images], labels, tmp_path) >= 0.96
 
 
 def test_photographs(state, sample, tmp_path):
-    images, labels = sample
-    pictures = [render(image, photograph=True, seed=i) for i, image in enumerate(images[:60])]
-    assert accuracy(state, pictures, labels[:60], tmp_path, "jpg") >= 0.9
+    images, labels = (array[: 60 if ALL else 20] for array in sample)
+    pictures = [render(image, photograph=True, seed=i) for i, image in enumerate(images)]
+    assert accuracy(state, pictures, labels, tmp_path, "jpg") >= 0.9
 
 
 @pytest.mark.parametrize(
