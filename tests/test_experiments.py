@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -39,7 +40,7 @@ from scipy import stats
 from test_archives import write_subset
 from test_members import PLAIN, SEEDS, STOPPING
 
-from mnist_flax import command_line
+from mnist_flax import command_line, robustness
 from mnist_flax.archives import MNIST_FINGERPRINT, disputed_test_labels
 from mnist_flax.data import load_splits, take
 from mnist_flax.errors import DivergedError, InputError
@@ -230,6 +231,12 @@ def test_report_of_other_images_and_of_a_class_that_is_not_tested(tmp_path, monk
         data_seconds=0.0,
         test_seconds=0.0,
     )
+    if not ALL:  # each corruption and each map compiles programs of its own
+        few = {"robustness": {"corruptions": robustness.CORRUPTIONS[-2:]}}
+        few["worst_case"] = {"grid": robustness.GRID[:2]}
+        for name, options in few.items():
+            function = functools.partial(getattr(robustness, name), **options)
+            monkeypatch.setattr(robustness, name, function)
     assert not report.main([str(run), "--data-dir", str(tmp_path / "data")])
     (numbers,) = json.loads(
         (run / "report" / "report.json").read_text(), parse_constant=pytest.fail
@@ -369,6 +376,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_one_process_holds_a_run_until_it_is_killed(few_archives, tmp_path):
     long = [*FEW, "--epochs", "400", "--workdir", str(tmp_path / "run")]
     words = command(*long, archives=few_archives)
@@ -520,6 +528,7 @@ def test_an_impossible_study_is_refused_before_any_work(arguments, message, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @INTERRUPTED
 def test_folds_tests_every_training_image_once(interrupted, few_archives, tmp_path):
     """Also where it was interrupted."""

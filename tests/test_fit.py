@@ -179,8 +179,9 @@ def test_early_stopping_restores_the_best_epoch(small, splits, tmp_path):
     recipe = dataclasses.replace(
         RECIPE,
         epochs=30,
+        model=TINY,
         augment=AffineConfig(),
-        optimizer=OptimizerConfig("adamw", learning_rate=0.01, momentum=None),
+        optimizer=OptimizerConfig("adamw", learning_rate=0.05, momentum=None),
         schedule=ScheduleConfig(),
         plateau=PlateauConfig(),
         stopping=StoppingConfig(patience=2),
