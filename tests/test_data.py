@@ -352,6 +352,7 @@ class TestProcesses:
         assert not list(config.rglob("*partial*"))
         assert [path.name for path in (tmp_path / "data").iterdir()] == ["mnist"]
 
+    @pytest.mark.slow
     def test_two_at_once_load_the_same(self, tmp_path, archives, subset):
         processes = [start(STREAM, tmp_path, archives) for _ in range(2)]
         for process in processes:
@@ -380,6 +381,7 @@ print(batch.images.shape, sorted(late & set(sys.modules)))
         ]
 
     # What a full disk does to a writer, without filling one: a limit on the size of a file.
+    @pytest.mark.slow
     def test_a_disk_that_takes_no_more_is_one_clear_line(self, tmp_path, archives, subset):
         code = """
 import resource, sys

@@ -263,6 +263,7 @@ def test_processes_agree_on_the_checkpoint_that_they_read(tmp_path):
     ] * 3
 
 
+@pytest.mark.slow
 def test_all_processes_end_where_one_refuses(job, alone):
     del alone  # its directory is taken, which process 0 finds
     statuses, errors = ends(job.start("--workdir", "alone"))
@@ -273,6 +274,7 @@ def test_all_processes_end_where_one_refuses(job, alone):
     assert lines[1].startswith("error: another process of the job refused")
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_not_shared_is_refused(job, tmp_path):
     statuses, errors = ends(job.start("--workdir", "unshared", other=tmp_path))
     assert statuses == [2, 2]

@@ -272,6 +272,7 @@ def test_predict_reads_pictures_and_refuses_what_is_none(finished, splits, tmp_p
     assert run.stdout == ""
 
 
+@pytest.mark.slow
 def test_export_checks_both_files_on_the_whole_test_split(finished, few_archives, tmp_path):
     words = [finished, "--archives", few_archives, "--out", tmp_path / "export"]
     run = experiment("export", *words, cwd=tmp_path)
@@ -397,9 +398,7 @@ def from_archives(archives, directory):
     return ["--archives", str(archives), "--data-dir", str(directory / "data"), "--devices", "1"]
 
 
-INTERRUPTED = pytest.mark.parametrize(
-    "interrupted", [False, pytest.param(True, marks=pytest.mark.slow)]
-)
+INTERRUPTED = pytest.mark.parametrize("interrupted", [False, True])
 
 
 def interrupt_and_resume(words, rows, *, cwd):
@@ -416,6 +415,7 @@ def interrupt_and_resume(words, rows, *, cwd):
 
 
 @INTERRUPTED
+@pytest.mark.slow
 def test_a_study_reports_the_mean_of_what_it_trained(interrupted, few_archives, tmp_path):
     """Also where it was interrupted."""
     words = script("seeds", *FEW, "--epochs", "4", "--seeds", "3", "--views", "2")

@@ -268,6 +268,7 @@ def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(small):
         next(epochs(other, small, start=first.state))
 
 
+@pytest.mark.slow
 def test_the_last_share_of_a_run_is_not_augmented(small):
     """As if a recipe without augmentation had gone on from there."""
     ending = dataclasses.replace(RECIPE, epochs=2, model=TINY, plain_share=0.5)

@@ -88,6 +88,7 @@ def test_members_are_their_own_runs(study, small):
         assert own.history[0].keys() == member.history[0].keys()
 
 
+@pytest.mark.slow
 def test_a_varied_number_is_the_recipes_own(small):
     """Each traceable field: a member with a value trains as a recipe that has it."""
     recipe = dataclasses.replace(
@@ -223,6 +224,7 @@ def test_bad_input_is_refused_before_anything_is_written(small, study, data_dir,
         member_mesh(2, devices=99)
 
 
+@pytest.mark.slow
 def test_vmapped_members_are_those_one_after_another(small):
     """The form of a GPU, on the CPU: five steps of two members; the third takes none."""
     mesh = member_mesh(3, devices=1)

@@ -47,15 +47,18 @@ def printed(cell) -> str:
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
+@pytest.mark.slow
 def test_every_cell_runs_once_in_order(executed):
     code = [cell for cell in executed.values() if cell.cell_type == "code" and cell.source]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
 
 
+@pytest.mark.slow
 def test_prints_the_device(executed):
     assert f"JAX {jax.__version__}, cpu: " in printed(executed["imports"])
 
 
+@pytest.mark.slow
 def test_trains_and_evaluates_once(executed):
     assert "epoch  1  train loss" in printed(executed["training"])
     assert "best: epoch 1" in printed(executed["training"])
@@ -65,6 +68,7 @@ def test_trains_and_evaluates_once(executed):
 
 
 @pytest.mark.parametrize("cell_id", PICTURES)
+@pytest.mark.slow
 def test_cell_displays_one_picture(executed, cell_id):
     pictures = [output.data["image/png"] for output in executed[cell_id].outputs]
     assert len(pictures) == 1
