@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 COMPAT_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>&- || echo $(PYTHON))
-COMPAT_TESTS := $(addprefix tests/test_, $(addsuffix .py, api archives checkpoint data evaluate fit \
-  golden metrics model moments notebook optimizer runtime steps stopping stream))
+COMPAT_TESTS := $(addprefix tests/test_, $(addsuffix .py, api archives checkpoint data evaluation \
+  golden loop metrics model moments notebook optimizer runtime steps stopping stream))
 PEERS := torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
 
 .PHONY: train test test-all compat lint bench determinism demo clean

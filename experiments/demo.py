@@ -50,7 +50,7 @@ def make_page(run):
     from PIL import Image
 
     from mnist_flax import digits
-    from mnist_flax.evaluate import Evaluation, predict
+    from mnist_flax.evaluation import Evaluation, predict
 
     names = run.info.class_names
 

@@ -117,7 +117,7 @@ def main(arguments):
 
     from mnist_flax import export
     from mnist_flax.data import load_splits
-    from mnist_flax.evaluate import predict
+    from mnist_flax.evaluation import predict
     from mnist_flax.results import load_run
     from mnist_flax.workdir import require_directory
 

@@ -74,7 +74,7 @@ def without(splits, held_out: np.ndarray):
 
 def hits(state, examples: Examples, *, views) -> list[int]:
     """Returns how many are right: as they are and, where there are views, by their mean."""
-    from mnist_flax.evaluate import evaluate, mixture
+    from mnist_flax.evaluation import evaluate, mixture
 
     found = [evaluate(state, examples)]
     if views:
@@ -95,10 +95,11 @@ def main(arguments):
     views = recipe_views(recipe, count=command.views)
     labels = [name, f"{name}, the mean of {len(views)} views"][: 1 + bool(views)]
 
-    from mnist_flax.fit import data_mesh, fit
     from mnist_flax.folds import fold_indices
+    from mnist_flax.loop import fit
+    from mnist_flax.replicas import make_mesh
 
-    mesh = data_mesh(command.devices)
+    mesh = make_mesh(command.devices)
     splits = load_splits(
         recipe.dataset, val_size=0, data_dir=command.data_dir, archives=command.archives
     )
@@ -116,7 +117,7 @@ def main(arguments):
                 workdir=directory,
                 resume=command.resume and holds_run(directory),
                 progress=False,
-                interrupted=interrupts,
+                should_stop=interrupts,
             ).state
         except Interrupted as end:
             return interrupts.stop(end)

@@ -4,8 +4,8 @@
 
 1. One network of each recipe, by precision: seconds of training after compilation, and accuracy;
    hence the time to 99.17, 99.40 and 99.60%. The goals on an H200 are 0.25, 1 and 5 seconds.
-2. Images a second against the number of members, under vmap and one after another.
-3. All members of each recipe's study at once: seconds, mean accuracy, its interval.
+2. Images a second against the number of replicas, under vmap and one after another.
+3. All replicas of each recipe's study at once: seconds, mean accuracy, its interval.
 
 The file is written anew after each part. A part for which no time is left says so.
 """
@@ -30,14 +30,14 @@ class Command:
     """Options of the script.
 
     Attributes:
-      recipes: the recipes to train many members of; `accurate`, at some 11 seconds a member, would
-        take too long (`--recipes accurate --seeds 10`).
-      study_precision: how convolutions and products of many members are computed.
+      recipes: the recipes to train many replicas of; `accurate`, at some 11 seconds per replica,
+        would take too long (`--recipes accurate --seeds 10`).
+      study_precision: how convolutions and products of many replicas are computed.
       single_recipes: the recipes to train single networks of.
       precisions: how those of one network are computed.
-      seeds: how many members each study has, at least 2.
+      seeds: how many replicas each study has, at least 2.
       singles: how many single networks are trained, from seeds 0 upwards, at least 1.
-      sizes: numbers of members whose images a second are measured, with the first recipe.
+      sizes: numbers of replicas whose images a second are measured, with the first recipe.
       minutes: no part goes on for longer.
       epochs: epochs instead of the recipes' own; for a rehearsal.
       output: the JSON file.
@@ -86,13 +86,14 @@ def images(recipe: Recipe, splits, *, epochs: int) -> int:
 
 def single(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> dict[str, Any]:
     """Trains networks one at a time, each on one device."""
-    from mnist_flax.evaluate import evaluate
-    from mnist_flax.fit import data_mesh, fit
+    from mnist_flax.evaluation import evaluate
+    from mnist_flax.loop import fit
+    from mnist_flax.replicas import make_mesh
 
     seconds, rates, accuracies = [], [], []
     for seed in seeds:
         seeded = dataclasses.replace(recipe, seed=seed)
-        result = fit(seeded, splits, mesh=data_mesh(1), progress=False, interrupted=late)
+        result = fit(seeded, splits, mesh=make_mesh(1), progress=False, should_stop=late)
         seconds.append(sum(row["train_seconds"] for row in result.history))
         rates.append(images(recipe, splits, epochs=len(result.history)) / seconds[-1])
         accuracies.append(evaluate(result.state, splits.test).accuracy)
@@ -106,7 +107,7 @@ def single(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) ->
 
 
 def speeds(recipe: Recipe, splits, *, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Returns the images a second of so many members, in both forms; median of five turns."""
+    """Returns the images a second of so many replicas, in both forms; median of five turns."""
     import jax
     import numpy as np
     import scaling  # the script beside this one
@@ -115,34 +116,35 @@ def speeds(recipe: Recipe, splits, *, sizes: tuple[int, ...]) -> list[dict[str, 
     for size in sizes:
         for line, loop in (("vmap", False), ("one after another", True)):
             run = scaling.training(
-                recipe, splits, members=size, devices=len(jax.devices()), steps=20, loop=loop
+                recipe, splits, replicas=size, devices=len(jax.devices()), steps=20, loop=loop
             )
             images = 20 * size * recipe.batch_size
-            made.append(scaling.Contender("members", line, size, images, run))
+            made.append(scaling.Contender("replicas", line, size, images, run))
     measured = scaling.time_turns(made, turns=5)
     return [
-        {"members": c.size, "form": c.line, "images_per_second": float(np.median(values))}
+        {"replicas": c.size, "form": c.line, "images_per_second": float(np.median(values))}
         for c, values in zip(made, measured, strict=True)
     ]
 
 
 def study(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> dict[str, Any]:
-    """Trains all members at once."""
+    """Trains all replicas at once."""
     import numpy as np
     import seeds as seeds_script  # the script beside this one
 
-    from mnist_flax.members import evaluate_many, fit_many
+    from mnist_flax.evaluation import evaluate_replicas
+    from mnist_flax.loop import fit
 
     began = time.perf_counter()
-    result = fit_many(recipe, splits, seeds=seeds, progress=False, interrupted=late)
+    result = fit(recipe, splits, seeds=seeds, progress=False, should_stop=late)
     fitted = time.perf_counter()
-    tests = evaluate_many(result.states, splits.test)
+    tests = evaluate_replicas(result.states, splits.test)
     alive = seeds_script.survivors(result.diverged)
     accuracies = np.array([tests[i].accuracy for i in alive])
     rows = [row for history in result.histories for row in history]
     train_seconds = sum(row["train_seconds"] for row in rows)
     return {
-        "members": len(seeds),
+        "replicas": len(seeds),
         "fit_seconds": fitted - began,
         "train_seconds": train_seconds,
         "images_per_second": images(recipe, splits, epochs=len(rows)) / train_seconds,

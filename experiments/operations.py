@@ -1,4 +1,4 @@
-"""Time `mnist_flax.ops` beside plain `lax` and its autodiff, alone, on the CPU.
+"""Time `mnist_flax.kernels` beside plain `lax` and its autodiff, alone, on the CPU.
 
     python experiments/operations.py
 
@@ -71,10 +71,10 @@ def time_convolution(put, *, size, inputs, outputs, padding, images, dtype="floa
     """Prints the times of a convolution of 3x3 and of its gradients; `put` makes random arrays."""
     import jax
 
-    from mnist_flax import ops
+    from mnist_flax import kernels, ops
 
     def convolution(x, w, *, fast):
-        own = ops.CPU if fast else ops.REFERENCE
+        own = kernels.CPU if fast else ops.REFERENCE
         return own.conv(x, w, (1, 1), padding, dimension_numbers=ops.NHWC)
 
     def gradients(x, w, dy, *, fast):
@@ -94,10 +94,10 @@ def time_separable(put, *, size, inputs, outputs, padding, images, **options):
     """Prints the times of a separable convolution of 3x3, and with its gradients."""
     import jax
 
-    from mnist_flax import ops
+    from mnist_flax import kernels, ops
 
     def convolution(x, depth, point, *, fast):
-        own = ops.CPU if fast else ops.REFERENCE
+        own = kernels.CPU if fast else ops.REFERENCE
         return own.separable_conv(x, depth, point, padding=padding)
 
     def gradients(x, depth, point, *, fast):
@@ -119,9 +119,9 @@ def main(arguments):
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from mnist_flax.fit import data_mesh
+    from mnist_flax.replicas import make_mesh
 
-    mesh = data_mesh()
+    mesh = make_mesh()
 
     def put(*shape, shared=False, dtype="float32"):
         spec = PartitionSpec("data") if shared else PartitionSpec()

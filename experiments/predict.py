@@ -69,7 +69,7 @@ def main(arguments):
     import numpy as np
 
     from mnist_flax.digits import require_shape
-    from mnist_flax.evaluate import Evaluation, predict
+    from mnist_flax.evaluation import Evaluation, predict
     from mnist_flax.figures import plot_predictions, save_figure
     from mnist_flax.results import load_run
 

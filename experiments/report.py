@@ -104,7 +104,7 @@ class Page:
 
 def calibration(evaluation) -> dict[str, float]:
     """Returns loss, Brier score and ECE."""
-    from mnist_flax.evaluate import reliability
+    from mnist_flax.evaluation import reliability
 
     ece = reliability(evaluation).ece
     return {"loss": evaluation.loss, "brier": evaluation.brier, "ece": ece}
@@ -129,7 +129,7 @@ def label_noise(test, *, fingerprint: str) -> dict[str, Any] | None:
 def measure(run, splits, bar: tqdm) -> tuple[dict[str, Any], Any]:
     """Returns a run's numbers, as JSON, and its evaluation of the test split."""
     from mnist_flax import robustness
-    from mnist_flax.evaluate import evaluate, fit_temperature, risk_coverage, wilson_interval
+    from mnist_flax.evaluation import evaluate, fit_temperature, risk_coverage, wilson_interval
 
     test = evaluate(run.state, splits.test)
     numbers: dict[str, Any] = {
@@ -278,7 +278,7 @@ def add_mistakes(page: Page, run, examples, test) -> None:
 def add_calibration(page: Page, numbers: dict[str, Any], test) -> None:
     """Adds loss, Brier score, ECE and the reliability, with the fitted temperature and without."""
     from mnist_flax import figures
-    from mnist_flax.evaluate import reliability
+    from mnist_flax.evaluation import reliability
 
     page.heading("Calibration", 3)
     before = numbers["calibration"]
@@ -347,7 +347,7 @@ def add_run(page: Page, run, splits, numbers: dict[str, Any], test) -> None:
 def add_comparison(page: Page, reports: list[dict[str, Any]], tests: list[Any]) -> None:
     """Adds what all runs have in common: one table, and curves of each."""
     from mnist_flax import figures
-    from mnist_flax.evaluate import risk_coverage
+    from mnist_flax.evaluation import risk_coverage
 
     rows = [
         [
@@ -382,7 +382,7 @@ def add_comparison(page: Page, reports: list[dict[str, Any]], tests: list[Any]) 
 def corrupted(runs, data_dir: Path | None) -> str:
     """Returns a line on TFDS's mnist_corrupted: the runs' accuracies, where it is prepared."""
     from mnist_flax.data import load_splits
-    from mnist_flax.evaluate import evaluate
+    from mnist_flax.evaluation import evaluate
 
     try:
         splits = load_splits("mnist_corrupted", val_size=0, seed=0, data_dir=data_dir)

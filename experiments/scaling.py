@@ -1,14 +1,14 @@
-"""Measure images a second against members, batch size and devices; draw them.
+"""Measure images a second against replicas, batch size and devices; draw them.
 
     python experiments/scaling.py
 
-On 2 cores it takes two and a half minutes. To expect: members that have a core each train 1.2 times
-as many images as one member on both cores; under vmap, which is for accelerators, far fewer; larger
-batches help up to some 256. Contenders take turns, so other work on the machine meets all alike.
+On 2 cores it takes two and a half minutes. Expected: replicas that have a core each train 1.2 times
+as many images as one replica on both cores; under vmap, which is for accelerators, far fewer;
+larger batches help up to some 256. Contenders take turns, so other work on the machine meets all
+alike.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +26,8 @@ class Command:
 
     Attributes:
       recipe: the recipe whose steps are timed.
-      members: numbers of members, at the recipe's batch size.
-      batches: batch sizes, for one member.
+      replicas: numbers of replicas, at the recipe's batch size.
+      batches: batch sizes, for one replica.
       turns: timings of each, at least 1.
       images: how many images a timing takes at least.
       workdir: where scaling.json and scaling.png go.
@@ -35,7 +35,7 @@ class Command:
     """
 
     recipe: str = "quick"
-    members: tuple[int, ...] = (1, 2, 4, 8, 16)
+    replicas: tuple[int, ...] = (1, 2, 4, 8, 16)
     batches: tuple[int, ...] = (16, 64, 256, 1024)
     turns: int = 5
     images: int = 8192
@@ -45,8 +45,8 @@ class Command:
     def __post_init__(self):
         if self.turns < 1:
             raise InputError(f"turns is {self.turns}; give at least 1")
-        if min(*self.members, *self.batches, 1) < 1:
-            raise InputError("members and batches are at least 1")
+        if min(*self.replicas, *self.batches, 1) < 1:
+            raise InputError("replicas and batches are at least 1")
 
 
 class Contender(NamedTuple):
@@ -56,7 +56,7 @@ class Contender(NamedTuple):
       panel: what its size counts.
       line: its name.
       size: its size.
-      images: images that a run trains on, over all members.
+      images: images that a run trains on, over all replicas.
       run: trains.
     """
 
@@ -68,34 +68,27 @@ class Contender(NamedTuple):
 
 
 def training(
-    recipe: Recipe, splits, *, members: int, devices: int, steps: int, loop: bool | None = None
+    recipe: Recipe, splits, *, replicas: int, devices: int, steps: int, loop: bool | None = None
 ) -> Callable[[], Any]:
-    """Returns a compiled function that takes `steps` steps of `members` members, and waits."""
+    """Returns a compiled function that takes `steps` steps of `replicas` replicas, and waits."""
     import jax
     import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
 
-    from mnist_flax.data import epoch_order
-    from mnist_flax.fit import Window
-    from mnist_flax.members import compile_programs, fresh_progress, member_mesh, member_recipes
+    from mnist_flax.loop import Trainer, initial_progress
+    from mnist_flax.recipes import replica_recipes
+    from mnist_flax.replicas import make_mesh
 
-    mesh = member_mesh(members, devices=devices)
-    recipes = member_recipes(recipe, seeds=range(members), vary={})
-    progress = fresh_progress(recipes, splits.info, steps=steps, mesh=mesh)
-    N, B = splits.train.num_examples, recipe.batch_size
-    order = functools.partial(epoch_order, num_examples=N, batch_size=B)
-    indices_MSB = jax.vmap(order)(jax.random.split(jax.random.key(0), members))[:, :steps]
-    by_batch = NamedSharding(mesh, PartitionSpec("member", None, "data"))
-    train = jax.device_put(splits.train, NamedSharding(mesh, PartitionSpec()))
-    window = Window(train, jax.device_put(indices_MSB, by_batch), 0, steps)
-    program = compile_programs(
-        recipe, progress, {}, window, None, steps=steps, mesh=mesh, loop=loop
-    ).train
-    everyone = jax.device_put(progress.active_M, NamedSharding(mesh, PartitionSpec("member")))
+    mesh = make_mesh(devices, replicas=replicas)
+    recipes = replica_recipes(recipe, seeds=range(replicas), vary={})
+    trainer = Trainer(recipes, splits, varied=(), mesh=mesh)
+    progress = initial_progress(recipes, splits.info, steps=trainer.steps, mesh=mesh)
+    chunk = trainer.feed(progress, 1)(0, steps)
+    trainer.compile(progress, chunk, loop=loop)
+    train = trainer.train(progress)
 
     def run():
         states = jax.tree.map(jnp.copy, progress.states)
-        return jax.block_until_ready(program(everyone, {}, states, progress.metrics, *window))
+        return jax.block_until_ready(train(states, progress.metrics, *chunk))
 
     return run
 
@@ -107,23 +100,23 @@ def contenders(command: Command, recipe: Recipe, splits) -> list[Contender]:
     cores = len(jax.devices())
     made = []
 
-    def add(panel, line, size, *, members=1, devices=cores, batch=recipe.batch_size, loop=None):
-        steps = max(1, command.images // (members * batch))
+    def add(panel, line, size, *, replicas=1, devices=cores, batch=recipe.batch_size, loop=None):
+        steps = max(1, command.images // (replicas * batch))
         sized = dataclasses.replace(recipe, batch_size=batch)
-        run = training(sized, splits, members=members, devices=devices, steps=steps, loop=loop)
-        made.append(Contender(panel, line, size, steps * members * batch, run))
+        run = training(sized, splits, replicas=replicas, devices=devices, steps=steps, loop=loop)
+        made.append(Contender(panel, line, size, steps * replicas * batch, run))
 
-    for members in command.members:
-        add("members", "one after another", members, members=members, loop=True)
-        add("members", "vmap", members, members=members, loop=False)
+    for replicas in command.replicas:
+        add("replicas", "one after another", replicas, replicas=replicas, loop=True)
+        add("replicas", "vmap", replicas, replicas=replicas, loop=False)
     for batch in command.batches:
         add("images in a batch", "1 device", batch, devices=1, batch=batch)
         if cores > 1 and batch % cores == 0:
             add("images in a batch", f"{cores} devices", batch, batch=batch)
     for devices in range(1, cores + 1):
         if recipe.batch_size % devices == 0:
-            add("devices", "one member", devices, devices=devices)
-        add("devices", "a member a device", devices, members=devices, devices=devices)
+            add("devices", "one replica", devices, devices=devices)
+        add("devices", "one replica per device", devices, replicas=devices, devices=devices)
     return made
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from mnist_flax import command_line, runtime
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.evaluate import Evaluation, mixture
+from mnist_flax.evaluation import Evaluation, mixture
 from mnist_flax.recipes import Recipe, recipe_views, require_views, to_dict
 from mnist_flax.workdir import holds_run, write_json
 
@@ -67,7 +67,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def statistics(accuracies: np.ndarray) -> dict[str, Any]:
-    """Returns the mean of the members' accuracies, their deviation and the mean's interval.
+    """Returns the mean of the replicas' accuracies, their deviation and the mean's interval.
 
     Where only one did not diverge there is no spread: both are None.
     """
@@ -80,7 +80,7 @@ def statistics(accuracies: np.ndarray) -> dict[str, Any]:
 
 
 def test_statistics(tests: Sequence[Evaluation]) -> dict[str, Any]:
-    """Returns what the members reach on the test split, apart and together."""
+    """Returns what the replicas reach on the test split, apart and together."""
     ensemble = mixture(tests)
     return {
         **statistics(np.array([test.accuracy for test in tests])),
@@ -90,30 +90,30 @@ def test_statistics(tests: Sequence[Evaluation]) -> dict[str, Any]:
 
 
 def see(
-    states, examples, *, views: Sequence[Any], mesh, interrupted: Callable[[], bool]
+    states, examples, *, views: Sequence[Any], mesh, should_stop: Callable[[], bool]
 ) -> list[list[Evaluation]]:
-    """Returns what each view shows of all members.
+    """Returns what each view shows of all replicas.
 
     Raises:
-      Interrupted: `interrupted()` became true between two views.
+      Interrupted: `should_stop()` became true between two views.
     """
-    from mnist_flax.members import evaluate_many
+    from mnist_flax.evaluation import evaluate_replicas
 
     seen = []
     for view in tqdm(views, desc="views"):
-        if interrupted():
-            raise Interrupted(states, None)
-        seen.append(evaluate_many(states, examples, mesh=mesh, view=view))
+        if should_stop():
+            raise Interrupted(int(np.max(states.step)))
+        seen.append(evaluate_replicas(states, examples, mesh=mesh, view=view))
     return seen
 
 
 def over_views(seen: Sequence[Sequence[Evaluation]]) -> list[Evaluation]:
-    """Returns each member's mean over the views; `seen` has a row a view, of all members."""
+    """Returns each replica's mean over the views; `seen` has a row a view, of all replicas."""
     return [mixture(views) for views in zip(*seen, strict=True)]
 
 
 def survivors(diverged: Sequence[str | None]) -> list[int]:
-    """Returns which members did not diverge.
+    """Returns which replicas did not diverge.
 
     Raises:
       DivergedError: all did.
@@ -152,7 +152,7 @@ def run_seeds(
     devices: int | None,
     workdir: Path | None = None,
     resume: bool = False,
-    interrupted: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Trains and tests each seed; returns a study's numbers and the accuracy of each seed.
 
@@ -160,10 +160,12 @@ def run_seeds(
 
     Raises:
       DivergedError: all did.
-      Interrupted: `interrupted()` became true.
+      Interrupted: `should_stop()` became true.
     """
     from mnist_flax.data import load_splits
-    from mnist_flax.members import evaluate_many, fit_many, member_mesh
+    from mnist_flax.evaluation import evaluate_replicas
+    from mnist_flax.loop import fit
+    from mnist_flax.replicas import make_mesh
 
     splits = load_splits(
         recipe.dataset,
@@ -172,19 +174,19 @@ def run_seeds(
         data_dir=data_dir,
         archives=archives,
     )
-    mesh = member_mesh(len(seeds), devices=devices)
+    mesh = make_mesh(devices, replicas=len(seeds))
     began = time.perf_counter()
-    result = fit_many(
+    result = fit(
         recipe,
         splits,
         seeds=seeds,
         workdir=workdir,
         resume=resume,
         mesh=mesh,
-        interrupted=interrupted,
+        should_stop=should_stop,
     )
     trained = time.perf_counter()
-    tests = evaluate_many(result.states, splits.test, mesh=mesh)
+    tests = evaluate_replicas(result.states, splits.test, mesh=mesh)
     study = {
         "recipe": to_dict(recipe),
         **summarize(result, seeds=seeds, tests=tests),
@@ -195,7 +197,7 @@ def run_seeds(
     alive = survivors(result.diverged)
     if own_views := recipe_views(recipe, count=views):
         averaged = over_views(
-            see(result.states, splits.test, views=own_views, mesh=mesh, interrupted=interrupted)
+            see(result.states, splits.test, views=own_views, mesh=mesh, should_stop=should_stop)
         )
         study["views"] = {"number": views, **test_statistics([averaged[i] for i in alive])}
     accuracies = [test.accuracy if i in alive else np.nan for i, test in enumerate(tests)]
@@ -209,17 +211,17 @@ def summarize(result, *, seeds: range, tests: Sequence[Evaluation]) -> dict[str,
       DivergedError: all diverged.
     """
     alive = survivors(result.diverged)
-    members = [member(result, i, seed, tests[i]) for i, seed in enumerate(seeds)]
+    replicas = [replica(result, i, seed, tests[i]) for i, seed in enumerate(seeds)]
     return {
         **test_statistics([tests[i] for i in alive]),
-        "train_seconds_mean": sum(members[i]["train_seconds"] for i in alive) / len(alive),
-        "members": members,
+        "train_seconds_mean": sum(replicas[i]["train_seconds"] for i in alive) / len(alive),
+        "replicas": replicas,
         "diverged": [seed for i, seed in enumerate(seeds) if i not in alive],
     }
 
 
-def member(result, index: int, seed: int, test: Evaluation) -> dict[str, Any]:
-    """Returns a member's numbers; of one that diverged, the reason."""
+def replica(result, index: int, seed: int, test: Evaluation) -> dict[str, Any]:
+    """Returns a replica's numbers; of one that diverged, the reason."""
     if (reason := result.diverged[index]) is not None:
         return {"seed": seed, "diverged": reason}
     history = result.histories[index]
@@ -246,7 +248,7 @@ def describe(name: str, study: dict[str, Any]) -> str:
     mean, deviation, interval = spread(study)
     seeds = study["diverged"]
     words = ", ".join(map(str, seeds))
-    count = len(study["members"]) - len(seeds)
+    count = len(study["replicas"]) - len(seeds)
     return (
         f"{name}: mean {mean}, deviation {deviation}, 95% interval {interval}, {count} seeds"
         f"{f' ({len(seeds)} more diverged: {words})' if seeds else ''}; "
@@ -269,7 +271,7 @@ def table_row(label: str, study: dict[str, Any]) -> str:
     cells = [
         label,
         *spread(study),
-        str(len(study["members"]) - len(study["diverged"])),
+        str(len(study["replicas"]) - len(study["diverged"])),
         f"{study['ensemble_accuracy']:.2%}",
         f"{study['ensemble_loss']:.4f}",
         f"{study['train_seconds_mean']:.3g}",
@@ -288,7 +290,7 @@ def main(arguments):
     for recipe in recipes.values():
         require_views(recipe, count=command.views)
     workdir = command.workdir or Path("runs") / f"seeds-{name}"
-    if command.resume and not holds_run(workdir / "members-0"):
+    if command.resume and not holds_run(workdir / "replicas-0"):
         raise InputError(f"there is no study to resume in {workdir}; leave out --resume")
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes.values())
     command_line.begin(cpu_devices=command.devices or cores)
@@ -299,7 +301,7 @@ def main(arguments):
     interrupts.install()
     studies, accuracies = {}, {}
     for number, (label, recipe) in enumerate(recipes.items()):
-        checkpoints = workdir / f"members-{number}"
+        checkpoints = workdir / f"replicas-{number}"
         try:
             studies[label], accuracies[label] = run_seeds(
                 recipe,
@@ -310,7 +312,7 @@ def main(arguments):
                 devices=command.devices,
                 workdir=checkpoints,
                 resume=command.resume and holds_run(checkpoints),
-                interrupted=interrupts,
+                should_stop=interrupts,
             )
         except Interrupted as end:
             return interrupts.stop(end)

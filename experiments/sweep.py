@@ -147,36 +147,37 @@ def search(
     splits,
     *,
     workdir: Path,
-    interrupted: Callable[[], bool],
+    should_stop: Callable[[], bool],
 ) -> np.ndarray:
     """Returns the validation accuracies [points, seeds]; that of a run that diverged is NaN.
 
-    Points that differ only in what members of one program may differ in are trained together.
+    Points that differ only in what replicas of one program may differ in are trained together.
 
     Raises:
-      Interrupted: `interrupted()` became true.
+      Interrupted: `should_stop()` became true.
     """
-    from mnist_flax.members import fit_many, member_mesh
+    from mnist_flax.loop import fit
+    from mnist_flax.replicas import make_mesh
 
     accuracies = np.full((len(tried), command.seeds), np.nan)
-    members = list(itertools.product(range(len(tried)), range(command.seeds)))
+    replicas = list(itertools.product(range(len(tried)), range(command.seeds)))
     together = [name for name in tried[0] if name in traceable(command.recipe)]
     apart = [name for name in tried[0] if name not in together]
     groups = dict.fromkeys(tuple(point[name] for name in apart) for point in tried)
     for number, values in enumerate(groups):
         fixed = dict(zip(apart, values, strict=True))
-        here = [(row, seed) for row, seed in members if fixed.items() <= tried[row].items()]
+        here = [(row, seed) for row, seed in replicas if fixed.items() <= tried[row].items()]
         common = with_fields(command.recipe, fixed | {"val_size": command.search_val_size})
         directory = workdir / f"search-{number}"
-        result = fit_many(
+        result = fit(
             common,
             splits,
             seeds=[command.first_seed + seed for _, seed in here],
             vary={name: [tried[row][name] for row, _ in here] for name in together},
-            mesh=member_mesh(len(here), devices=command.devices),
+            mesh=make_mesh(command.devices, replicas=len(here)),
             workdir=directory,
             resume=command.resume and holds_run(directory),
-            interrupted=interrupted,
+            should_stop=should_stop,
         )
         best = command.recipe.val_size > 0
         for i, (row, seed) in enumerate(here):
@@ -185,7 +186,7 @@ def search(
 
 
 def val_accuracy(result, index: int, *, best: bool) -> float:
-    """Returns what a member is chosen by; NaN for one that diverged.
+    """Returns what a replica is chosen by; NaN for one that diverged.
 
     It is the accuracy of the epoch whose state the winner will end with: the best one, or the last
     where the winner trains without validation.
@@ -245,7 +246,7 @@ def main(arguments):
     interrupts = runtime.Interrupts()
     interrupts.install()
     try:
-        accuracies = search(tried, command, splits, workdir=workdir, interrupted=interrupts)
+        accuracies = search(tried, command, splits, workdir=workdir, should_stop=interrupts)
         best = winner(accuracies)
         for point, row in zip(tried, accuracies, strict=True):
             print(describe(point, row, command.first_seed))
@@ -258,7 +259,7 @@ def main(arguments):
             devices=command.devices,
             workdir=workdir / "winner",
             resume=command.resume and holds_run(workdir / "winner"),
-            interrupted=interrupts,
+            should_stop=interrupts,
         )
     except Interrupted as end:
         return interrupts.stop(end)

@@ -25,8 +25,9 @@ import numpy as np
 from mnist_flax import checkpoint, command_line
 from mnist_flax.data import load_splits
 from mnist_flax.errors import InputError
-from mnist_flax.fit import data_mesh, fresh_progress
+from mnist_flax.loop import initial_progress
 from mnist_flax.recipes import from_dict
+from mnist_flax.replicas import make_mesh
 from mnist_flax.results import RESULT_FILE
 from mnist_flax.workdir import METRICS_FILE, RECIPE_FILE
 
@@ -148,7 +149,7 @@ def final_arrays(workdir: Path, data_dir: Path | None) -> list[np.ndarray]:
     recipe = from_dict(json.loads((workdir / RECIPE_FILE).read_text()))
     splits = load_splits(recipe.dataset, val_size=recipe.val_size, seed=0, data_dir=data_dir)
     steps = len(splits.train.labels) // recipe.batch_size
-    like = fresh_progress(recipe, splits.info, steps=steps, mesh=data_mesh(1))
+    like = initial_progress([recipe], splits.info, steps=steps, mesh=make_mesh(1))
     saved = checkpoint.newest(
         workdir, lambda record: checkpoint.progress_arrays(like), strict=True, set_aside=False
     )

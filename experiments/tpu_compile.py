@@ -72,10 +72,11 @@ def compile_for(recipe, info, devices):
     from jax.sharding import PartitionSpec as P
 
     from mnist_flax.data import Examples
-    from mnist_flax.fit import train_steps
     from mnist_flax.metrics import Metrics
-    from mnist_flax.ops import BATCH_AXIS, for_platform
+    from mnist_flax.ops import for_platform
+    from mnist_flax.programs import train_steps
     from mnist_flax.recipes import recipe_state, step_options
+    from mnist_flax.replicas import BATCH_AXIS
 
     num_examples = 60_000 - recipe.val_size
     steps = num_examples // recipe.batch_size

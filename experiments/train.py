@@ -97,15 +97,15 @@ def choose_mesh(command: Command):
     """
     import jax
 
-    from mnist_flax.fit import data_mesh
+    from mnist_flax.replicas import make_mesh
 
     if not command.distributed:
-        return data_mesh(command.devices)
+        return make_mesh(command.devices)
     if command.devices not in (None, jax.local_device_count()):
         raise InputError(
             f"devices is {command.devices}, but this process has {jax.local_device_count()}"
         )
-    return data_mesh()
+    return make_mesh()
 
 
 def resume_command(command: Command, workdir: Path) -> str:
@@ -122,8 +122,8 @@ def resume_command(command: Command, workdir: Path) -> str:
 def train(command: Command, name: str, began: float) -> int:
     """Trains, evaluates on the test split once, writes the results."""
     from mnist_flax.data import load_splits
-    from mnist_flax.evaluate import evaluate
-    from mnist_flax.fit import fit
+    from mnist_flax.evaluation import evaluate
+    from mnist_flax.loop import fit
     from mnist_flax.results import write_results
 
     recipe = command.recipe
@@ -151,7 +151,7 @@ def train(command: Command, name: str, began: float) -> int:
             resume=command.resume,
             strict=command.strict,
             mesh=mesh,
-            interrupted=interrupts,
+            should_stop=interrupts,
         )
     except Interrupted as stop:
         print(f"{stop}; continue with: {resume_command(command, workdir)}", file=sys.stderr)

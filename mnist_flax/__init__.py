@@ -3,13 +3,14 @@
 from mnist_flax.augment import random_affine
 from mnist_flax.data import Examples, Splits, load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.evaluate import Evaluation, evaluate, predict
-from mnist_flax.fit import EpochResult, FitResult, epochs, fit
-from mnist_flax.members import MembersResult, evaluate_many, fit_many
+from mnist_flax.evaluation import Evaluation, evaluate, evaluate_replicas, predict
+from mnist_flax.loop import epochs, fit
 from mnist_flax.metrics import Metrics
 from mnist_flax.model import CNN, CNNConfig
 from mnist_flax.ops import for_platform
+from mnist_flax.progress import FitResult, Progress
 from mnist_flax.recipes import RECIPES, Recipe
+from mnist_flax.replicas import make_mesh
 from mnist_flax.steps import TrainState, create_state, eval_step, train_step
 from mnist_flax.stopping import EarlyStopping
 
@@ -19,14 +20,13 @@ __all__ = [
     "CNNConfig",
     "DivergedError",
     "EarlyStopping",
-    "EpochResult",
     "Evaluation",
     "Examples",
     "FitResult",
     "InputError",
     "Interrupted",
-    "MembersResult",
     "Metrics",
+    "Progress",
     "Recipe",
     "Splits",
     "TrainState",
@@ -34,11 +34,11 @@ __all__ = [
     "epochs",
     "eval_step",
     "evaluate",
-    "evaluate_many",
+    "evaluate_replicas",
     "fit",
-    "fit_many",
     "for_platform",
     "load_splits",
+    "make_mesh",
     "predict",
     "random_affine",
     "train_step",

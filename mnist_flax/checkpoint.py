@@ -26,14 +26,21 @@ import orbax.checkpoint as ocp
 from mnist_flax import hosts
 from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import CheckpointError, InputError
-from mnist_flax.metrics import Metrics
+from mnist_flax.progress import Progress
 from mnist_flax.recipes import differences
 from mnist_flax.steps import TrainState
 from mnist_flax.stopping import EarlyStopping
+from mnist_flax.workdir import (
+    LOCK_FILE,
+    RECIPE_FILE,
+    claim,
+    read_json,
+    require_no_checkpoint_lost,
+)
 
 CHECKPOINT_DIR = "checkpoints"
 ITEM = "progress"
-FORMAT = 1  # of the record; one that cannot be read any more gets another number
+FORMAT = 2  # of the record; one that cannot be read any more gets another number
 KEEP_LATEST = 2  # one to continue from, and one more for when that is damaged
 SET_ASIDE = "damaged-"  # what the directory of a damaged checkpoint is renamed to, with its step
 PACKAGES = ("mnist_flax", "jax", "flax", "optax", "orbax-checkpoint")
@@ -43,33 +50,6 @@ log = logging.getLogger(__name__)
 
 class DamagedError(CheckpointError):
     """A checkpoint lacks a file, or is not what was saved."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a run is: what a checkpoint holds beside the recipe.
-
-    Attributes:
-      state: the training state; `state.step` says which epoch, and where in it.
-      metrics: training metrics of the epoch that is under way; none at an epoch's start.
-      best: the state at the end of the best epoch so far, or without validation of the last one;
-        before there is one, the initial state.
-      stopping: early stopping, which also names the best epoch.
-      history: one row of numbers an epoch done.
-      seconds: what the epoch that is under way has taken, by the names of its row.
-    """
-
-    state: TrainState
-    metrics: Metrics
-    best: TrainState
-    stopping: EarlyStopping
-    history: tuple[dict[str, Any], ...] = ()
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def best_epoch(self) -> int:
-        """The epoch that `best` belongs to; 0 before there is one."""
-        return self.stopping.best_epoch or len(self.history)
 
 
 class Saved(NamedTuple):
@@ -84,6 +64,50 @@ class Saved(NamedTuple):
     step: int
     arrays: Any
     record: dict[str, Any]
+
+
+def claim_run(
+    held: contextlib.ExitStack, workdir: Path, run: dict[str, Any], *, resume: bool
+) -> None:
+    """Claims a run directory for this job until `held` is closed; `run` is the run's identity.
+
+    Raises:
+      InputError: `workdir` is not as `fit` needs it.
+    """
+    with hosts.all_or_none():
+        if resume:
+            check_same_recipe(workdir, run["recipe"])
+        if hosts.is_first():
+            held.enter_context(claim(workdir, resume=resume))
+    with hosts.all_or_none():
+        check_shared(workdir)
+
+
+def check_shared(workdir: Path) -> None:
+    """Checks that process 0's claim on `workdir` is seen here; Orbax would wait for it for ever.
+
+    Raises:
+      InputError: it is not.
+    """
+    if not (workdir / LOCK_FILE).exists():
+        raise InputError(
+            f"{workdir} is not the directory that process 0 made; give one on a file system that "
+            "all processes share"
+        )
+
+
+def check_same_recipe(workdir: Path, recipe: dict[str, Any]) -> None:
+    """Checks that the run in `workdir`, if there is one, is of this recipe, as JSON values.
+
+    Raises:
+      InputError: it is of another; the differing fields are named.
+    """
+    path = workdir / RECIPE_FILE
+    if path.exists() and (lines := differences(read_json(path), recipe)):
+        raise InputError(
+            f"the run in {workdir} has another recipe ({'; '.join(lines)}); leave these options "
+            "out to continue it, or give another workdir to train by them from the beginning"
+        )
 
 
 @contextlib.contextmanager
@@ -141,7 +165,7 @@ def require_same(record: dict[str, Any], run: dict[str, Any], *, where: object) 
 
 
 def save(manager: ocp.CheckpointManager, run: dict[str, Any], progress: Progress) -> None:
-    """Saves a run's progress under the state's step; returns once the arrays are copied.
+    """Saves a run's progress under its step; returns once the arrays are copied.
 
     `run` is the run's `identity`.
 
@@ -149,13 +173,12 @@ def save(manager: ocp.CheckpointManager, run: dict[str, Any], progress: Progress
       CheckpointError: it, or the checkpoint before it, could not be written.
     """
     record = {
-        "stopping": dataclasses.asdict(progress.stopping),
-        "history": progress.history,
+        "stopping": [dataclasses.asdict(stopping) for stopping in progress.stopping],
+        "histories": progress.histories,
+        "diverged": progress.diverged,
         "seconds": progress.seconds,
     }
-    write(
-        manager, run, step=int(progress.state.step), arrays=progress_arrays(progress), record=record
-    )
+    write(manager, run, step=progress.step, arrays=progress_arrays(progress), record=record)
 
 
 def write(
@@ -271,6 +294,24 @@ def newest(
     return None
 
 
+def restored(workdir: Path, run: dict[str, Any], fresh: Progress, *, strict: bool) -> Progress:
+    """Returns the progress of the run in `workdir`, whose identity is `run`; `fresh` before any.
+
+    Errors are as in `fit`.
+    """
+
+    def expect(record: dict[str, Any]) -> Any:
+        require_same(record, run, where=f"the run in {workdir}")
+        return progress_arrays(fresh)
+
+    saved = newest(workdir, expect, strict=strict, set_aside=True)
+    if saved is None:
+        with hosts.all_or_none():
+            require_no_checkpoint_lost(workdir)
+        return fresh
+    return progress_of(saved, fresh.states)
+
+
 def _step_before(directory: Path, limit: int | None) -> int | None:
     """Returns the newest step saved before `limit`, as process 0 sees it; None if there is none.
 
@@ -338,28 +379,31 @@ def _digest(arrays: Any, record: str) -> str:
     """Returns the SHA-256 of a checkpoint's arrays and record."""
     sha = hashlib.sha256(record.encode())
     for array in jax.tree.leaves(arrays):
-        sha.update(np.ascontiguousarray(array).tobytes())
+        sha.update(np.ascontiguousarray(hosts.whole(array)).tobytes())
     return sha.hexdigest()
 
 
 def progress_arrays(progress: Progress) -> dict[str, Any]:
     """Returns the arrays of a run's checkpoint."""
     return {
-        "state": state_arrays(progress.state),
+        "states": state_arrays(progress.states),
         "metrics": progress.metrics,
         "best": state_arrays(progress.best),
     }
 
 
 def progress_of(saved: Saved, like: TrainState) -> Progress:
-    """Returns the progress that `save` saved, with the static parts of the state `like`."""
+    """Returns the progress that `save` saved, with the static parts of the states `like`."""
+    record = saved.record
     return Progress(
-        state=with_arrays(like, saved.arrays["state"]),
+        step=saved.step,
+        states=with_arrays(like, saved.arrays["states"]),
         metrics=saved.arrays["metrics"],
         best=with_arrays(like, saved.arrays["best"]),
-        stopping=EarlyStopping(**saved.record["stopping"]),
-        history=tuple(saved.record["history"]),
-        seconds=saved.record["seconds"],
+        stopping=tuple(EarlyStopping(**values) for values in record["stopping"]),
+        histories=tuple(map(tuple, record["histories"])),
+        diverged=tuple(record["diverged"]),
+        seconds=record["seconds"],
     )
 
 

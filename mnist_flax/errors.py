@@ -30,13 +30,11 @@ class Interrupted(Exception):
     """Training was asked to stop and did, after the step in flight; or a study, after its training.
 
     Attributes:
-      state: the training state after that step.
-      metrics: the training metrics of the epoch so far; None where training was done.
-      seconds: what the epoch so far has taken, by the names of its row.
+      step: that step.
+      progress: the `Progress` after it; None where training was done.
     """
 
-    def __init__(self, state: Any, metrics: Any):
-        super().__init__(f"interrupted after step {state.step.max()}")
-        self.state = state
-        self.metrics = metrics
-        self.seconds: dict[str, float] = {}
+    def __init__(self, step: int, progress: Any = None):
+        super().__init__(f"interrupted after step {step}")
+        self.step = step
+        self.progress = progress

@@ -121,6 +121,15 @@ def from_first(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def whole(array: jax.Array | np.ndarray) -> np.ndarray:
+    """Returns all of an array, whichever processes hold its parts; all processes call it."""
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
     """Lets no process go on where another fails: the others would wait for it in a collective.

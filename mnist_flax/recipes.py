@@ -7,7 +7,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -350,6 +350,32 @@ def traceable(recipe: Recipe) -> tuple[str, ...]:
     A traced Dropout rate would be every column's, and the recipe's is the first one's alone.
     """
     return tuple(name for name in TRACEABLE if not (recipe.columns and name == "model.dropout"))
+
+
+def replica_recipes(
+    recipe: Recipe, *, seeds: Sequence[int], vary: Mapping[str, Sequence[float]]
+) -> tuple[Recipe, ...]:
+    """Returns each replica's own recipe.
+
+    Raises:
+      InputError: there is no seed; a varied field is not `traceable`, or has not one value a seed,
+        or cannot have a value.
+    """
+    if not len(seeds):
+        raise InputError("seeds is empty; give one per replica")
+    for name, values in vary.items():
+        if name not in TRACEABLE:
+            raise InputError(
+                f"{name!r} cannot differ by replica; choose from {', '.join(TRACEABLE)}"
+            )
+        if name not in traceable(recipe):
+            raise InputError(f"{name} is one column's; it cannot differ by replica beside others")
+        if len(values) != len(seeds):
+            raise InputError(f"vary {name} has {len(values)} values for {len(seeds)} seeds")
+    return tuple(
+        with_fields(recipe, {"seed": seed, **{name: vary[name][i] for name in vary}})
+        for i, seed in enumerate(seeds)
+    )
 
 
 def make_augment(recipe: Recipe, *, traced: Traced = NOTHING) -> Augment | None:

@@ -16,9 +16,11 @@ import numpy as np
 from mnist_flax import checkpoint, figures
 from mnist_flax.data import DatasetInfo, Examples
 from mnist_flax.errors import InputError
-from mnist_flax.evaluate import Evaluation
-from mnist_flax.fit import FitResult, data_mesh, fresh_progress
+from mnist_flax.evaluation import Evaluation
+from mnist_flax.loop import initial_progress
+from mnist_flax.progress import FitResult, Progress
 from mnist_flax.recipes import Recipe, from_dict, to_dict
+from mnist_flax.replicas import make_mesh, replica
 from mnist_flax.steps import TrainState
 from mnist_flax.workdir import RECIPE_FILE, read_json, write_json
 
@@ -180,8 +182,8 @@ def load_run(workdir: str | Path) -> Run:
     recipe = from_dict(values)
 
     @functools.cache
-    def like(info: DatasetInfo) -> checkpoint.Progress:
-        return fresh_progress(recipe, info, steps=1, mesh=data_mesh(1))
+    def like(info: DatasetInfo) -> Progress:
+        return initial_progress([recipe], info, steps=1, mesh=make_mesh(1))
 
     def expect(record: dict[str, Any]) -> Any:
         info = DatasetInfo.from_dict(record["dataset"])
@@ -194,12 +196,7 @@ def load_run(workdir: str | Path) -> Run:
     if saved is None:
         raise InputError(f"the run in {workdir} has no checkpoint yet; let it train for longer")
     info = DatasetInfo.from_dict(saved.record["dataset"])
-    progress = checkpoint.progress_of(saved, like(info).state)
-    return Run(
-        workdir,
-        recipe,
-        info,
-        progress.best if progress.best_epoch else progress.state,
-        progress.best_epoch,
-        len(progress.history),
-    )
+    progress = checkpoint.progress_of(saved, like(info).states)
+    (best_epoch,) = progress.best_epochs
+    state = replica(progress.best if best_epoch else progress.states, 0)
+    return Run(workdir, recipe, info, state, best_epoch, len(progress.history))

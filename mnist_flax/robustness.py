@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from mnist_flax.augment import affine_matrix, warp_affine
 from mnist_flax.data import Examples
-from mnist_flax.evaluate import Evaluation, predict
+from mnist_flax.evaluation import Evaluation, predict
 from mnist_flax.steps import TrainState, to_float
 
 SEED = 0  # of noise and of where occlusions lie

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,8 @@ def require_no_checkpoint_lost(workdir: Path) -> None:
       InputError: its log has more epochs than were ever begun without a checkpoint.
     """
     path = workdir / METRICS_FILE
-    epochs = path.read_text().count("\n") if path.exists() else 0
+    lines = path.read_text().splitlines() if path.exists() else []
+    epochs = max((json.loads(line)["epoch"] for line in lines if line.endswith("}")), default=0)
     if epochs > 2:  # the second epoch's row is written before the first one's checkpoint is awaited
         raise InputError(
             f"{workdir} holds a run of {epochs} epochs and no checkpoint; put its checkpoints back,"
@@ -168,30 +169,52 @@ def _check_expected(workdir: Path, *, resume: bool) -> None:
         raise InputError(f"{workdir} holds a run; give --resume to continue it, or another workdir")
 
 
+History = tuple[dict[str, Any], ...]
+
+
 class MetricsLog:
     """The epochs' metrics as JSON lines and as TensorBoard events.
 
-    The lines are rewritten from the run's history on every start, so a line that a kill tore, or
+    The lines are rewritten from the histories on every start, so a line that a kill tore, or
     that tells of an epoch which the newest checkpoint does not hold, is gone.
     """
 
-    def __init__(self, workdir: Path, history: Iterable[dict[str, Any]]):
-        """Opens the log in `workdir`; `history` holds the rows of the epochs done so far."""
+    def __init__(self, workdir: Path, histories: Sequence[History], *, many: bool = False):
+        """Opens the log in `workdir`.
+
+        Args:
+          workdir: the run's directory.
+          histories: each replica's rows of the epochs done so far.
+          many: whether rows name their replica, by its number.
+        """
         from tensorboardX import SummaryWriter  # not before a run begins: it takes 0.2 s
 
-        rows = list(history)
-        write_text(workdir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        self._many, self._rows = many, [0] * len(histories)
+        lines = [json.dumps(row) + "\n" for _, row in self._new(histories)]
+        write_text(workdir / METRICS_FILE, "".join(lines))
         self._lines = (workdir / METRICS_FILE).open("a")
-        purge_step = rows[-1]["step"] + 1 if rows else 0
-        self._events = SummaryWriter(str(workdir), purge_step=purge_step)
+        last = max((history[-1]["step"] for history in histories if history), default=-1)
+        self._events = SummaryWriter(str(workdir), purge_step=last + 1)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends an epoch's row; its numbers also become TensorBoard scalars."""
-        self._lines.write(json.dumps(row) + "\n")
+    def _new(self, histories: Sequence[History]) -> list[tuple[int, dict[str, Any]]]:
+        """Returns the rows that were not seen before, by epoch, with their replicas' numbers."""
+        seen, self._rows = self._rows, [len(history) for history in histories]
+        rows = [
+            (i, {"replica": i, **row} if self._many else row)
+            for i, history in enumerate(histories)
+            for row in history[seen[i] :]
+        ]
+        return sorted(rows, key=lambda each: each[1]["epoch"])
+
+    def write(self, histories: Sequence[History]) -> None:
+        """Appends the histories' new rows; their numbers also become TensorBoard scalars."""
+        for i, row in self._new(histories):
+            self._lines.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if value is not None and name not in ("epoch", "step", "replica"):
+                    tag = f"{name}/replica{i}" if self._many else name
+                    self._events.add_scalar(tag, value, row["step"])
         self._lines.flush()
-        for name, value in row.items():
-            if value is not None and name not in ("epoch", "step"):
-                self._events.add_scalar(name, value, row["step"])
         self._events.flush()
 
     def close(self) -> None:
@@ -203,7 +226,7 @@ class MetricsLog:
 class NoLog:
     """Stands for the log in processes that keep none."""
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, histories: Sequence[History]) -> None:
         """Does nothing."""
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from mnist_flax.data import Examples, Splits, load_splits
-from mnist_flax.fit import fit
+from mnist_flax.loop import fit
 from mnist_flax.model import CNNConfig
 from mnist_flax.recipes import (
     AffineConfig,

@@ -16,13 +16,14 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import RECIPE
 from hypothesis import given, settings
-from test_fit import after, assert_same_run, bits, timeless
+from test_loop import after, assert_same_run, bits, timeless
 
 from mnist_flax import checkpoint
 from mnist_flax.checkpoint import newest, progress_arrays, progress_of
 from mnist_flax.errors import CheckpointError, InputError, Interrupted
-from mnist_flax.fit import data_mesh, fit, fresh_progress
+from mnist_flax.loop import fit, initial_progress
 from mnist_flax.recipes import to_dict
+from mnist_flax.replicas import make_mesh
 from mnist_flax.results import load_run
 from mnist_flax.workdir import claim, write_text
 
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(scope="module")
 def like(small):
-    return fresh_progress(RECIPE, small.info, steps=24, mesh=data_mesh())
+    return initial_progress([RECIPE], small.info, steps=24, mesh=make_mesh())
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(whole, co
 def test_arrays_of_another_form_are_no_damage(whole, like):
     """As of an optax whose state has grown: the error names the step, the array and versions."""
     before = contents(whole[1])
-    for more in (progress_arrays(like) | {"ema": jnp.zeros(3)}, progress_arrays(like)["state"]):
+    for more in (progress_arrays(like) | {"ema": jnp.zeros(3)}, progress_arrays(like)["states"]):
         with pytest.raises(InputError) as refusal:
             newest(whole[1], lambda _, more=more: more, strict=False, set_aside=True)
         message = str(refusal.value)
@@ -263,13 +264,13 @@ def test_another_format_is_one_line(run, like, read, tmp_path, monkeypatch):
     with checkpoint.open_checkpoints(tmp_path) as manager:
         checkpoint.save(manager, run, like)
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"step 0 .* is of format 0, .* reads format 1"):
+    with pytest.raises(InputError, match=r"step 0 .* is of format 0, .* reads format 2"):
         read(tmp_path, strict=False)
 
 
 def test_torn_metrics_are_mended(whole, small, tmp_path):
     with pytest.raises(Interrupted):
-        fit(RECIPE, small, workdir=tmp_path, progress=False, interrupted=after(9))
+        fit(RECIPE, small, workdir=tmp_path, progress=False, should_stop=after(9))
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"epoch": 2, "step"')
     assert_same_run(whole[0], resume(small, tmp_path))
@@ -305,21 +306,27 @@ def test_the_best_weights_outlive_the_checkpoint_that_first_held_them(run, like,
             save_epoch(manager, run, like, epoch=epoch, best=best)
     for path in files(latest(tmp_path)):
         path.write_bytes(b"")
-    restored = progress_of(read(tmp_path, strict=False), like.state)
-    assert (int(restored.state.step), int(restored.best.step), restored.best_epoch) == (72, 24, 1)
+    restored = progress_of(read(tmp_path, strict=False), like.states)
+    (best_epoch,) = restored.best_epochs
+    assert (restored.step, int(restored.best.step[0]), best_epoch) == (72, 24, 1)
 
 
 def save_epoch(manager, run, like, *, epoch, best):
     """Saves a run whose best epoch is `best` after epoch `epoch`."""
 
     def at(epoch):
-        step = jnp.full_like(like.state.step, 24 * epoch)
-        return dataclasses.replace(like.state, step=step)
+        step = jnp.full_like(like.states.step, 24 * epoch)
+        return dataclasses.replace(like.states, step=step)
 
     history = tuple({"epoch": number, "step": 24 * number} for number in range(1, epoch + 1))
-    stopping = dataclasses.replace(like.stopping, best_epoch=best)
+    stopping = dataclasses.replace(like.stopping[0], best_epoch=best)
     progress = dataclasses.replace(
-        like, state=at(epoch), best=at(best), stopping=stopping, history=history
+        like,
+        step=24 * epoch,
+        states=at(epoch),
+        best=at(best),
+        stopping=(stopping,),
+        histories=(history,),
     )
     checkpoint.save(manager, run, progress)
 
@@ -327,13 +334,13 @@ def save_epoch(manager, run, like, *, epoch, best):
 def test_a_run_is_read_before_its_end(whole, small, tmp_path):
     """With its best weights so far; before an epoch is done, with those it has come to."""
     with pytest.raises(Interrupted) as stop:
-        fit(RECIPE, small, workdir=tmp_path, progress=False, interrupted=lambda: True)
+        fit(RECIPE, small, workdir=tmp_path, progress=False, should_stop=lambda: True)
     run = load_run(str(tmp_path))
     assert (run.best_epoch, run.epochs, int(run.state.step)) == (0, 0, 1)
     assert str(run) == f"{tmp_path}: weights from within epoch 1; 0 of 3 epochs done"
-    jax.tree.map(np.testing.assert_array_equal, bits(run.state), bits(stop.value.state))
+    jax.tree.map(np.testing.assert_array_equal, bits(run.state), bits(stop.value.progress.state))
     with pytest.raises(Interrupted):
-        resume(small, tmp_path, interrupted=after(8))
+        resume(small, tmp_path, should_stop=after(8))
     before = contents(tmp_path)
     run = load_run(tmp_path)
     assert (run.best_epoch, run.epochs, int(run.state.step)) == (1, 1, 24)
@@ -389,7 +396,7 @@ def little_disk(tmp_path):
 def test_a_full_disk_is_one_line_and_the_run_resumes_once_there_is_room(whole, small, little_disk):
     workdir = little_disk / "run"
     with pytest.raises(Interrupted):
-        fit(RECIPE, small, workdir=workdir, progress=False, interrupted=after(9))
+        fit(RECIPE, small, workdir=workdir, progress=False, should_stop=after(9))
     ballast = little_disk / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:

@@ -1,6 +1,6 @@
 """One run on 1, 2 and 8 virtual CPU devices, and one loop divided in two ways on 2.
 
-`make test` has fewer devices and members and a smaller network, and so less to compile.
+`make test` has fewer devices and replicas and a smaller network, and so less to compile.
 """
 
 import os
@@ -20,8 +20,9 @@ import numpy as np
 from pathlib import Path
 from mnist_flax.data import Examples, load_splits
 from mnist_flax.errors import Interrupted
-from mnist_flax.evaluate import evaluate
-from mnist_flax.fit import data_mesh, epochs, fit
+from mnist_flax.evaluation import evaluate
+from mnist_flax.loop import epochs, fit
+from mnist_flax.replicas import make_mesh
 from mnist_flax.model import CNNConfig
 from mnist_flax.recipes import RECIPES, AffineConfig, OptimizerConfig, make_augment
 from jax.sharding import NamedSharding, PartitionSpec
@@ -46,7 +47,7 @@ def host(state):
     return jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state))
 
 plain = dataclasses.replace(recipe, augment=AffineConfig())
-runs = {n: list(epochs(plain, splits, mesh=data_mesh(n))) for n in (1, many)}
+runs = {n: list(epochs(plain, splits, mesh=make_mesh(n))) for n in (1, many)}
 
 def assert_as_on_one(state, *, devices):
     assert len(state.step.sharding.device_set) == devices
@@ -59,8 +60,8 @@ def assert_as_on_one(state, *, devices):
 assert_as_on_one(runs[many][-1].state, devices=many)
 
 # A state of one device goes on on many, which share the images of an evaluation.
-start = next(epochs(plain, splits, mesh=data_mesh(1))).state
-on_many = list(epochs(plain, splits, start=start, mesh=data_mesh(many)))
+start = next(epochs(plain, splits, mesh=make_mesh(1))).state
+on_many = list(epochs(plain, splits, start=start, mesh=make_mesh(many)))
 assert_as_on_one(on_many[-1].state, devices=many)
 test = Examples(splits.test.images[:999], splits.test.labels[:999])
 logits = [evaluate(run[-1].state, test).logits_NK for run in runs.values()]
@@ -72,7 +73,7 @@ augment = make_augment(recipe)
 images = np.asarray(train.images[:64] / np.float32(255))
 augmented = {}
 for n in (1, many):
-    mesh = data_mesh(n)
+    mesh = make_mesh(n)
     by_batch = NamedSharding(mesh, PartitionSpec("data"))
     with jax.set_mesh(mesh):
         key = jax.device_put(jax.random.key(3), NamedSharding(mesh, PartitionSpec()))
@@ -80,31 +81,31 @@ for n in (1, many):
         augmented[n] = np.asarray(jax.jit(augment, out_shardings=by_batch)(key, shared))
 np.testing.assert_array_equal(augmented[1], augmented[many])
 beside = dataclasses.replace(recipe, columns=(recipe.model,)) if many == 8 else recipe
-with_augmentation = {n: next(epochs(beside, splits, mesh=data_mesh(n))) for n in (1, many)}
-losses = [result.train_loss for result in with_augmentation.values()]
+with_augmentation = {n: next(epochs(beside, splits, mesh=make_mesh(n))) for n in (1, many)}
+losses = [result.row["train_loss"] for result in with_augmentation.values()]
 np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
 
 # A checkpoint of many devices continues on fewer.
 calls = iter(range(10**9))
 workdir = Path(sys.argv[2])
 try:
-    fit(plain, splits, workdir=workdir, mesh=data_mesh(many), progress=False,
-        interrupted=lambda: next(calls) >= 3)
+    fit(plain, splits, workdir=workdir, mesh=make_mesh(many), progress=False,
+        should_stop=lambda: next(calls) >= 3)
 except Interrupted as stop:
-    assert 0 < int(stop.state.step) < 50
-    half = dict(start=stop.state, start_metrics=stop.metrics)
+    assert 0 < stop.step < 50
+    half = dict(start=stop.progress)
 else:
     raise AssertionError("it was not interrupted")
-result = fit(plain, splits, workdir=workdir, mesh=data_mesh(fewer), resume=True, progress=False)
+result = fit(plain, splits, workdir=workdir, mesh=make_mesh(fewer), resume=True, progress=False)
 assert result.best_epoch == 2  # so this is the last state
 assert_as_on_one(result.state, devices=fewer)
 np.testing.assert_allclose(
-    result.history[-1]["val_loss"], runs[1][-1].val_loss, rtol=1e-4
+    result.history[-1]["val_loss"], runs[1][-1].row["val_loss"], rtol=1e-4
 )
 # So does a state within an epoch.
-rest = list(epochs(plain, splits, mesh=data_mesh(fewer), **half))
+rest = list(epochs(plain, splits, mesh=make_mesh(fewer), **half))
 losses = [row["train_loss"] for row in result.history]
-assert [row.train_loss for row in rest] == losses[-len(rest):]
+assert [row["train_loss"] for row in rest[-1].history] == losses
 print("agreed")
 """
 
@@ -112,29 +113,31 @@ print("agreed")
 MEMBERS = (
     SCRIPT[: SCRIPT.index("plain = ")]
     + """
-from mnist_flax.members import evaluate_many, fit_many, member_mesh
+from mnist_flax.evaluation import evaluate_replicas
+from mnist_flax.loop import fit
+from mnist_flax.replicas import make_mesh
 # Without a bias the background stays 0: it may not cross the ReLU's kink by a last bit.
 model = dataclasses.replace(recipe.model, conv_bias=False)
 optimizer = OptimizerConfig("sgd", learning_rate=0.01)
 plain = dataclasses.replace(recipe, augment=AffineConfig(), model=model, optimizer=optimizer)
-members = many // 2
-meshes = {n: member_mesh(members, devices=n) for n in (1, fewer, many)}
-assert dict(meshes[many].shape) == {"member": members, "data": 2}
-assert dict(meshes[fewer].shape) == {"member": fewer, "data": 1}
-vary = {"label_smoothing": [0.1 * (2 * i >= members) for i in range(members)]}
-options = dict(seeds=range(members), vary=vary, progress=False)
-runs = {n: fit_many(plain, splits, mesh=meshes[n], **options) for n in (1, many)}
+replicas = many // 2
+meshes = {n: make_mesh(n, replicas=replicas) for n in (1, fewer, many)}
+assert dict(meshes[many].shape) == {"replica": replicas, "data": 2}
+assert dict(meshes[fewer].shape) == {"replica": fewer, "data": 1}
+vary = {"label_smoothing": [0.1 * (2 * i >= replicas) for i in range(replicas)]}
+options = dict(seeds=range(replicas), vary=vary, progress=False)
+runs = {n: fit(plain, splits, mesh=meshes[n], **options) for n in (1, many)}
 test = Examples(splits.test.images[:2000], splits.test.labels[:2000])
-on_one = evaluate_many(runs[1].states, test, mesh=meshes[1])
+on_one = evaluate_replicas(runs[1].states, test, mesh=meshes[1])
 
 def assert_as_on_one(states, *, devices):
     assert len(states.step.sharding.device_set) == devices
-    assert states.step.tolist() == [50] * members
+    assert states.step.tolist() == [50] * replicas
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5),
         host(runs[1].states), host(states),
     )
-    tests = evaluate_many(states, test, mesh=meshes[devices])
+    tests = evaluate_replicas(states, test, mesh=meshes[devices])
     for one, other in zip(on_one, tests, strict=True):
         np.testing.assert_allclose(one.logits_NK, other.logits_NK, rtol=0, atol=2e-3)
 
@@ -143,20 +146,20 @@ assert_as_on_one(runs[many].states, devices=many)
 calls = iter(range(10**9))
 options |= dict(workdir=Path(sys.argv[2]))
 try:
-    fit_many(plain, splits, mesh=meshes[many], interrupted=lambda: next(calls) >= 3, **options)
+    fit(plain, splits, mesh=meshes[many], should_stop=lambda: next(calls) >= 3, **options)
 except Interrupted as stop:
-    assert 0 < int(stop.state.step.max()) < 50
+    assert 0 < stop.step < 50
 else:
     raise AssertionError("it was not interrupted")
-result = fit_many(plain, splits, mesh=meshes[fewer], resume=True, **options)
-assert result.best_epochs == (2,) * members  # so these are the last states
+result = fit(plain, splits, mesh=meshes[fewer], resume=True, **options)
+assert result.best_epochs == (2,) * replicas  # so these are the last states
 assert_as_on_one(result.states, devices=fewer)
-rest = members - 1
+rest = replicas - 1
 some = jax.tree.map(lambda array: array[:rest], dataclasses.replace(result.states, key=None))
 some = dataclasses.replace(some, key=jax.random.split(jax.random.key(0), rest))
-for one, other in zip(on_one, evaluate_many(some, test)):
+for one, other in zip(on_one, evaluate_replicas(some, test)):
     np.testing.assert_allclose(one.logits_NK, other.logits_NK, rtol=0, atol=2e-3)
-alone = evaluate(result.member(1).state, test)
+alone = evaluate(result.replica(1).state, test)
 np.testing.assert_allclose(on_one[1].logits_NK, alone.logits_NK, rtol=0, atol=2e-3)
 for ours, theirs in zip(result.histories, runs[1].histories, strict=True):
     np.testing.assert_allclose(ours[-1]["val_loss"], theirs[-1]["val_loss"], rtol=1e-4)
@@ -166,34 +169,29 @@ print("agreed")
 
 # The epoch's loop as one call and as a call a step, on as many devices as the process has threads.
 DIVIDED = """
-import dataclasses, functools, sys
+import dataclasses, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from mnist_flax.data import epoch_order, load_splits
-from mnist_flax.fit import Window, compile_programs, data_mesh, initial_state
-from mnist_flax.metrics import Metrics
+from mnist_flax.data import load_splits
+from mnist_flax.loop import Trainer, initial_progress
 from mnist_flax.recipes import RECIPES
+from mnist_flax.replicas import make_mesh
 
 STEPS = 40
 splits = load_splits("mnist", val_size=5000, seed=0, data_dir=sys.argv[1])
-mesh = data_mesh(2)
-everywhere = NamedSharding(mesh, PartitionSpec())
-zero, train = jax.device_put((Metrics.zero(), splits.train), everywhere)
-order = functools.partial(epoch_order, num_examples=len(train.labels), batch_size=256)
-by_batch = NamedSharding(mesh, PartitionSpec(None, "data"))
-indices_SB = jax.jit(order, out_shardings=by_batch)(jax.random.key(1))
+mesh = make_mesh(2)
 
 def parameters(recipe, stride):
-    state = initial_state(recipe, splits.info, steps=STEPS, mesh=mesh)
-    program = compile_programs(
-        recipe, state, zero, Window(train, indices_SB, 0, 1), None, steps=STEPS, mesh=mesh
-    ).train
-    now = state, jax.tree.map(jax.numpy.copy, zero)
+    trainer = Trainer([recipe], splits, varied=(), mesh=mesh)
+    progress = initial_progress([recipe], splits.info, steps=trainer.steps, mesh=mesh)
+    feed = trainer.feed(progress, 1)
+    trainer.compile(progress, feed(0, 0))
+    train = trainer.train(progress)
+    now = jax.tree.map(jax.numpy.copy, progress.states), progress.metrics
     for start in range(0, STEPS, stride):
-        now = program(*now, train, indices_SB, start, start + stride)
-    assert int(now[0].step) == STEPS
+        now = train(*now, *feed(start, stride))
+    assert int(now[0].step[0]) == STEPS
     return jax.tree.map(np.asarray, now[0].params)
 
 quick = RECIPES["quick"]
@@ -223,7 +221,7 @@ def test_a_run_on_many_devices_is_the_run_on_one(devices, data_dir, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("splits")
 @pytest.mark.parametrize("devices", [(4, 1), (8, 2)])
-def test_members_on_many_devices_are_those_on_one(devices, data_dir, tmp_path):
+def test_replicas_on_many_devices_are_those_on_one(devices, data_dir, tmp_path):
     """Within 2e-5 of any parameter after 50 steps; a checkpoint of many continues on fewer."""
     assert run(MEMBERS, data_dir, tmp_path / "study", *devices) == "agreed\n"
 

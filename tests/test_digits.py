@@ -13,8 +13,8 @@ from scipy import ndimage
 
 from mnist_flax import digits
 from mnist_flax.errors import InputError
-from mnist_flax.evaluate import predict
-from mnist_flax.fit import fit
+from mnist_flax.evaluation import predict
+from mnist_flax.loop import fit
 from mnist_flax.recipes import RECIPES, AffineConfig
 
 

@@ -60,10 +60,10 @@ from pathlib import Path
 import jax, numpy as np
 from mnist_flax import hosts
 from mnist_flax.checkpoint import newest
-from mnist_flax.fit import data_mesh
+from mnist_flax.replicas import make_mesh
 
 hosts.initialize()
-everywhere = jax.NamedSharding(data_mesh(), jax.P())
+everywhere = jax.NamedSharding(make_mesh(), jax.P())
 zeros = jax.make_array_from_callback((4,), everywhere, lambda index: np.zeros(4, np.float32)[index])
 for run in ("damaged", "unreadable"):
     try:

@@ -38,16 +38,16 @@ from hypothesis import given, settings
 from PIL import Image
 from scipy import stats
 from test_archives import write_subset
-from test_members import PLAIN, SEEDS, STOPPING
+from test_study import PLAIN, SEEDS, STOPPING
 
 from mnist_flax import command_line, robustness
 from mnist_flax.archives import MNIST_FINGERPRINT, disputed_test_labels
 from mnist_flax.data import load_splits, take
 from mnist_flax.errors import DivergedError, InputError
-from mnist_flax.evaluate import Evaluation, evaluate, fit_temperature
-from mnist_flax.fit import fit, never
-from mnist_flax.members import MembersResult, fit_many
+from mnist_flax.evaluation import Evaluation, evaluate, fit_temperature
+from mnist_flax.loop import fit, never
 from mnist_flax.model import CNN, CNNConfig, Columns, space_to_depth
+from mnist_flax.progress import FitResult
 from mnist_flax.recipes import (
     RECIPES,
     AffineConfig,
@@ -421,7 +421,7 @@ def test_a_study_reports_the_mean_of_what_it_trained(interrupted, few_archives, 
     words = script("seeds", *FEW, "--epochs", "4", "--seeds", "3", "--views", "2")
     words += from_archives(few_archives, tmp_path)
     workdir = tmp_path / "runs" / "seeds-default"
-    rows = workdir / "members-0" / "metrics.jsonl"
+    rows = workdir / "replicas-0" / "metrics.jsonl"
     if interrupted:
         victim = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         wait_for(lambda: rows.exists() and rows.read_text(), victim)
@@ -434,8 +434,8 @@ def test_a_study_reports_the_mean_of_what_it_trained(interrupted, few_archives, 
     assert run.returncode == 0, run.stderr
     assert len(rows.read_text().splitlines()) == 12
     study = json.loads((workdir / "study.json").read_text())["studies"]["default"]
-    assert [member["seed"] for member in study["members"]] == [100, 101, 102]
-    accuracies = [member["test_accuracy"] for member in study["members"]]
+    assert [replica["seed"] for replica in study["replicas"]] == [100, 101, 102]
+    accuracies = [replica["test_accuracy"] for replica in study["replicas"]]
     assert study["mean"] == pytest.approx(statistics.mean(accuracies))
     assert study["deviation"] == pytest.approx(statistics.stdev(accuracies))
     # Student's t for two degrees of freedom: 4.303.
@@ -455,13 +455,13 @@ def certain(*classes):
 
 
 def test_views_are_averaged_for_each_member_apart():
-    """Two views, seen by three members."""
+    """Two views, seen by three replicas."""
     seen = [
         [certain(0.9, 0.1), certain(0.2, 0.2), certain(0.4, 0.6)],
         [certain(0.3, 0.1), certain(0.4, 0.9), certain(0.4, 0.8)],
     ]
     expected = [[0.6, 0.1], [0.3, 0.55], [0.4, 0.7]]
-    found = [member.probabilities_NK[:, 1] for member in seeds.over_views(seen)]
+    found = [replica.probabilities_NK[:, 1] for replica in seeds.over_views(seen)]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
@@ -475,12 +475,12 @@ def test_recipes_are_compared_seed_by_seed():
 
 def test_a_sweep_chooses_by_the_epoch_that_the_winner_will_end_with():
     rows = tuple({"train_accuracy": 0.9, "val_accuracy": value} for value in (0.3, 0.2))
-    result = MembersResult(
+    result = FitResult(
         recipes=(RECIPE, RECIPE),
         states=None,
         histories=(rows, ()),
         best_epochs=(1, 0),
-        stopped_early=(False, False),
+        stopped=(False, False),
         diverged=(None, "its loss was not finite"),
     )
     assert sweep.val_accuracy(result, 0, best=True) == 0.3
@@ -580,7 +580,7 @@ def test_the_mean_of_folds_is_over_those_that_did_not_diverge():
 
 def test_a_seed_that_diverges_is_named_and_the_mean_is_the_others(small, splits, data_dir):
     """The second of four: its numbers are infinite from the first step on."""
-    result = fit_many(
+    result = fit(
         dataclasses.replace(PLAIN, epochs=1, model=TINY),
         small,
         seeds=range(4),
@@ -588,13 +588,13 @@ def test_a_seed_that_diverges_is_named_and_the_mean_is_the_others(small, splits,
         progress=False,
     )
     assert seeds.survivors(result.diverged) == [0, 2, 3]
-    tests = [evaluate(result.member(i).state, head(splits.test, 500)) for i in (0, 2, 3)]
+    tests = [evaluate(result.replica(i).state, head(splits.test, 500)) for i in (0, 2, 3)]
     study = seeds.summarize(result, seeds=range(10, 14), tests=[tests[0], tests[0], *tests[1:]])
     assert study["diverged"] == [11]
     assert study["mean"] == pytest.approx(np.mean([test.accuracy for test in tests]))
     assert study["deviation"] == pytest.approx(np.std([t.accuracy for t in tests], ddof=1))
-    assert study["members"][1] == {"seed": 11, "diverged": result.diverged[1]}
-    assert [member["seed"] for member in study["members"]] == [10, 11, 12, 13]
+    assert study["replicas"][1] == {"seed": 11, "diverged": result.diverged[1]}
+    assert [replica["seed"] for replica in study["replicas"]] == [10, 11, 12, 13]
     seconds = {"fit_seconds": 1.0, "train_seconds_mean": 0.1}
     assert "3 seeds (1 more diverged: 11); " in seeds.describe("name", study | seconds)
 
@@ -620,7 +620,7 @@ def test_a_sweep_chooses_among_points_of_which_the_fewest_seeds_diverged():
 @pytest.mark.slow
 @pytest.mark.usefixtures("splits")
 def test_scaling_measures_every_size(data_dir, tmp_path):
-    words = script("scaling", "--members", "2")
+    words = script("scaling", "--replicas", "2")
     words += ["--batches", "256", "--turns", "2", "--images", "256", "--data-dir", data_dir]
     if taskset := shutil.which("taskset"):  # on one core there is less to compile
         words = [taskset, "--cpu-list", "0", *words]
@@ -628,7 +628,7 @@ def test_scaling_measures_every_size(data_dir, tmp_path):
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "runs" / "scaling" / "scaling.json").read_text())
     sizes = {(row["panel"], row["line"], row["size"]) for row in rows}
-    assert {("members", form, 2) for form in ("one after another", "vmap")} < sizes
+    assert {("replicas", form, 2) for form in ("one after another", "vmap")} < sizes
     assert ("images in a batch", "1 device", 256) in sizes
     assert all(len(row["images_per_second"]) == 2 for row in rows)
     assert (tmp_path / "runs" / "scaling" / "scaling.png").stat().st_size > 1000
@@ -660,7 +660,7 @@ def test_a_gpu_study_of_no_recipe_is_refused():
 
 @pytest.mark.slow
 def test_the_parts_of_the_gpu_study(small):
-    """Of a recipe and as many seeds as test_members.py compiles too."""
+    """Of a recipe and as many seeds as test_study.py compiles too."""
     single = gpu_study.single(STOPPING, small, seeds=SEEDS[:2], late=never)
     together = gpu_study.study(STOPPING, small, seeds=SEEDS, late=never)
     for part in (single, together):
@@ -675,7 +675,7 @@ def test_the_parts_of_the_gpu_study(small):
     assert gpu_study.images(STOPPING, small, epochs=3) == 3 * (N // 50) * 50
     seconds = together["train_seconds"]
     assert together["images_per_second"] * seconds <= 3 * 12 * N  # some stop earlier
-    assert together["members"] == len(together["test_accuracies"]) == 3
+    assert together["replicas"] == len(together["test_accuracies"]) == 3
     assert together["diverged"] == 0
 
 
@@ -726,7 +726,7 @@ def test_sweep_chooses_on_validation_and_trains_the_winner_anew(
     (worse,), (better,) = sweep["val_accuracies"]
     assert worse < 0.3 < better
     assert sweep["best"] == {"optimizer.learning_rate": 0.4}
-    assert [member["seed"] for member in sweep["winner"]["members"]] == [1000, 1001]
+    assert [replica["seed"] for replica in sweep["winner"]["replicas"]] == [1000, 1001]
     assert sweep["winner"]["recipe"]["optimizer"]["learning_rate"] == 0.4
     assert sweep["winner"]["recipe"]["val_size"] == 2000
     assert (workdir / "response.png").stat().st_size > 1000

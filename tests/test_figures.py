@@ -461,7 +461,7 @@ def test_scaling_shows_the_median_and_the_range_of_the_turns():
         "loop": ([1, 4], [[10.0, 30.0, 20.0], [5.0, 5.0, 8.0]]),
         "vmap": ([2], [[7.0, 7.0, 7.0]]),
     }
-    (axes,) = figures.plot_scaling({"members": lines}).axes
+    (axes,) = figures.plot_scaling({"replicas": lines}).axes
     first, second = (container.lines for container in axes.containers)
     assert first[0].get_xydata().tolist() == [[1, 20], [4, 5]]
     assert second[0].get_xydata().tolist() == [[2, 7]]

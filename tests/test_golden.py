@@ -19,8 +19,8 @@ from conftest import head
 
 from mnist_flax.data import load_splits
 from mnist_flax.errors import Interrupted
-from mnist_flax.evaluate import predict
-from mnist_flax.fit import fit
+from mnist_flax.evaluation import predict
+from mnist_flax.loop import fit
 from mnist_flax.model import CNNConfig
 from mnist_flax.recipes import (
     AffineConfig,
@@ -93,9 +93,9 @@ def write():
     shutil.rmtree(GOLDEN, ignore_errors=True)
     for step in itertools.count(1):
         try:
-            fit(RECIPE, splits, workdir=run, resume=step > 1, interrupted=lambda: True)
+            fit(RECIPE, splits, workdir=run, resume=step > 1, should_stop=lambda: True)
         except Interrupted as stop:
-            if int(stop.state.step) == STEPS:
+            if stop.step == STEPS:
                 break
     for path in (*run.glob("events*"), run / ".lock", *run.glob("checkpoints/11")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

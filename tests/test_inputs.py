@@ -11,12 +11,11 @@ from flax import nnx
 
 from mnist_flax.data import DatasetInfo, Examples, Splits, check_examples
 from mnist_flax.errors import InputError
-from mnist_flax.evaluate import evaluate, predict
-from mnist_flax.fit import check_fits, data_mesh, epochs, fit
-from mnist_flax.members import evaluate_many
-from mnist_flax.metrics import Metrics
+from mnist_flax.evaluation import evaluate, evaluate_replicas, predict
+from mnist_flax.loop import check_fits, epochs, fit
 from mnist_flax.model import CNN, CNNConfig
 from mnist_flax.recipes import OptimizerConfig, Recipe
+from mnist_flax.replicas import make_mesh
 from mnist_flax.steps import create_state, eval_logits, eval_step, train_step
 
 MODEL = CNNConfig(widths=(2,), padding=("SAME",), pool=(True,), hidden=(), dropout=0.0)
@@ -99,12 +98,12 @@ def test_a_run_is_refused(spoil, found, tmp_path):
     assert not (tmp_path / "run").exists()
     if len(val := spoil(SPLITS.val)) == RECIPE.val_size:
         splits = dataclasses.replace(SPLITS, val=val)
-        assert refused(found, check_fits, RECIPE, splits, mesh=data_mesh(1)).startswith("val: ")
+        assert refused(found, check_fits, RECIPE, splits, mesh=make_mesh(1)).startswith("val: ")
 
 
 def test_a_run_needs_its_validation_examples():
     splits = dataclasses.replace(SPLITS, val=SPLITS.val[:0])
-    refused("val_size is 12, but the splits hold 0", check_fits, RECIPE, splits, mesh=data_mesh(1))
+    refused("val_size is 12, but the splits hold 0", check_fits, RECIPE, splits, mesh=make_mesh(1))
 
 
 @wrong
@@ -112,7 +111,7 @@ def test_an_evaluation_is_refused(spoil, found, state):
     refused(found, evaluate, state, spoil(SPLITS.test))
     stacked = jax.tree.map(lambda leaf: leaf[None], dataclasses.replace(state, key=None))
     if "there is a 3" not in found:  # that needs K, and so the program
-        refused(found, evaluate_many, stacked, spoil(SPLITS.test), mesh=None)
+        refused(found, evaluate_replicas, stacked, spoil(SPLITS.test), mesh=None)
 
 
 @pytest.mark.parametrize("name", [name for name in WRONG if "label" not in name])
@@ -138,6 +137,9 @@ def test_the_models_own_images_are_named(state):
     refused(r"\[N, 8, 6, 1\], not \[2, 28, 28, 1\]", jax.eval_shape, eval_logits, state, images)
 
 
+VAL = ("val_loss", "val_accuracy")
+
+
 def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
@@ -148,10 +150,11 @@ def test_labels_of_any_integer_type_train_and_validate_to_the_same_bits(dtype, r
     splits = dataclasses.replace(SPLITS, train=cast(SPLITS.train), val=cast(SPLITS.val))
     found = list(epochs(RECIPE, splits))
     assert bits(found[-1].state.params) == bits(results[-1].state.params)
-    for one, other in zip(found, results, strict=True):
-        assert (one.val_loss, one.val_accuracy) == (other.val_loss, other.val_accuracy)
-    assert results[-1].val_accuracy > 0.9
-    assert evaluate(found[-1].state, cast(SPLITS.val)).accuracy == results[-1].val_accuracy
+    for one, other in zip(found[-1].history, results[-1].history, strict=True):
+        assert [one[name] for name in VAL] == [other[name] for name in VAL]
+    accuracy = results[-1].row["val_accuracy"]
+    assert accuracy > 0.9
+    assert evaluate(found[-1].state, cast(SPLITS.val)).accuracy == accuracy
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, jnp.bfloat16])
@@ -161,7 +164,7 @@ def test_images_of_any_floating_point_type_train_alike(dtype):
     def losses(dtype):
         cast = with_images(lambda images: (images // 32 / 8).astype(dtype))
         splits = dataclasses.replace(SPLITS, train=cast(SPLITS.train), val=cast(SPLITS.val))
-        return [epoch.val_loss for epoch in epochs(RECIPE, splits)]
+        return [row["val_loss"] for row in list(epochs(RECIPE, splits))[-1].history]
 
     np.testing.assert_allclose(losses(dtype), losses(np.float32), rtol=1e-5)
 
@@ -195,8 +198,8 @@ def test_to_start_on_more_data(results):
 
 
 def test_to_start_with_metrics_of_within_an_epoch(results):
-    metrics = dataclasses.replace(Metrics.zero(), count=jnp.int32(20))
-    refused_start("has counted 20", start=results[0].state, start_metrics=metrics)
+    metrics = dataclasses.replace(results[0].metrics, count=jnp.array([20]))
+    refused_start("have counted 20", start=dataclasses.replace(results[0], metrics=metrics))
 
 
 def test_to_start_at_a_step_that_is_not_the_optimizers(results):
@@ -207,7 +210,7 @@ def test_to_start_at_a_step_that_is_not_the_optimizers(results):
 def test_to_start_with_more_epochs_goes_on(results):
     longer = dataclasses.replace(RECIPE, epochs=3)
     (third,) = epochs(longer, SPLITS, start=results[1].state)
-    assert (third.epoch, third.step) == (3, 18)
+    assert (third.row["epoch"], third.step) == (3, 18)
     assert bits(third.state.params) == bits(list(epochs(longer, SPLITS))[-1].state.params)
 
 

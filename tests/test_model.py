@@ -14,7 +14,7 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from mnist_flax import ops
+from mnist_flax import kernels, ops
 from mnist_flax.compat import as_pure
 from mnist_flax.data import Examples
 from mnist_flax.errors import InputError
@@ -165,11 +165,11 @@ def tiny_state(own):
 
 def test_operations_are_a_part_of_the_graph():
     """So no jitted function takes a program of one form for another's."""
-    reference, fast = tiny_state(ops.REFERENCE), tiny_state(ops.CPU)
-    assert fast.graphdef == tiny_state(ops.CPU).graphdef
+    reference, fast = tiny_state(ops.REFERENCE), tiny_state(kernels.CPU)
+    assert fast.graphdef == tiny_state(kernels.CPU).graphdef
     assert fast.graphdef != reference.graphdef
     assert with_ops(fast, ops.REFERENCE).graphdef == reference.graphdef
-    assert with_ops(reference, ops.CPU).graphdef == fast.graphdef
+    assert with_ops(reference, kernels.CPU).graphdef == fast.graphdef
     run, x = jax.jit(eval_logits), images(3, (12, 12, 1))
     logits = [run(state, x) for state in (reference, fast)]
     assert run._cache_size() == 2

@@ -10,7 +10,7 @@ from scipy import ndimage
 from mnist_flax import robustness
 from mnist_flax.data import Examples
 from mnist_flax.errors import InputError
-from mnist_flax.evaluate import predict
+from mnist_flax.evaluation import predict
 from mnist_flax.steps import to_float
 
 

@@ -10,9 +10,9 @@ import pytest
 from conftest import tries
 from hypothesis import given, settings
 from numpy.testing import assert_array_equal
-from test_ops import close, lax_conv, normal
+from test_kernels import close, lax_conv, normal
 
-from mnist_flax import winograd
+from mnist_flax.kernels import chunks, winograd
 
 
 @pytest.fixture(autouse=True)
@@ -62,15 +62,15 @@ def test_chunks_change_nothing(monkeypatch, batch):
 
 
 def rows_of(batch, most):
-    return winograd.chunk_rows(batch, row_bytes=10, chunk_bytes=10 * most)
+    return chunks.chunk_rows(batch, row_bytes=10, chunk_bytes=10 * most)
 
 
 def test_chunks_divide_the_batch_or_are_filled_up_with_zeros():
     assert [rows_of(12, most) for most in (0, 1, 5, 11, 12, 99)] == [1, 1, 4, 6, 12, 12]
     assert rows_of(499, 30) == 30  # 17 chunks, and not 499
-    chunks = winograd.chunked(np.arange(1.0, 14.0), rows_of(13, 5))
-    assert_array_equal(chunks, [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 0, 0]])
-    assert_array_equal(winograd.joined(chunks, 13), np.arange(1.0, 14.0))
+    parts = chunks.chunked(np.arange(1.0, 14.0), rows_of(13, 5))
+    assert_array_equal(parts, [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 0, 0]])
+    assert_array_equal(chunks.joined(parts, 13), np.arange(1.0, 14.0))
 
 
 @settings(deadline=None)

@@ -18,10 +18,10 @@ from flax import nnx
 from worker import serve
 
 from mnist_flax import runtime
-from mnist_flax.data import DatasetInfo, Examples
-from mnist_flax.fit import compile_programs, data_mesh, initial_state, resident_feed
-from mnist_flax.metrics import Metrics
+from mnist_flax.data import DatasetInfo, Examples, Splits
+from mnist_flax.loop import Trainer, initial_progress
 from mnist_flax.recipes import SEED, AffineConfig
+from mnist_flax.replicas import make_mesh
 from mnist_flax.steps import create_state, train_step
 
 
@@ -70,23 +70,19 @@ def plain(examples: Examples, batch_size: int):
 
 def ours(examples: Examples, batch_size: int):
     """Returns `train(steps)` as `fit` trains: the steps are one program, the data resident."""
-    mesh = data_mesh()
     info = DatasetInfo("mnist", "", 10, tuple("0123456789"), (28, 28, 1), "")
-    recipe = dataclasses.replace(SEED, batch_size=batch_size, augment=AffineConfig())
-    steps = len(examples.labels) // batch_size
-    state = initial_state(recipe, info, steps=steps, mesh=mesh)
-    everywhere = state.step.sharding
-    metrics = jax.device_put(Metrics.zero(), everywhere)
-    rows_SB = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
-    spec = jax.sharding.PartitionSpec(None, "data")
-    indices_SB = jax.device_put(rows_SB, jax.sharding.NamedSharding(mesh, spec))
-    feed = resident_feed(jax.device_put(examples, everywhere), indices_SB)
-    programs = compile_programs(recipe, state, metrics, feed(0, 0), None, steps=steps, mesh=mesh)
+    recipe = dataclasses.replace(SEED, val_size=0, batch_size=batch_size, augment=AffineConfig())
+    mesh, none = make_mesh(), Examples(examples.images[:0], examples.labels[:0])
+    trainer = Trainer([recipe], Splits(examples, none, none, info), varied=(), mesh=mesh)
+    progress = initial_progress([recipe], info, steps=trainer.steps, mesh=mesh)
+    feed = trainer.feed(progress, 1)
+    trainer.compile(progress, feed(0, 0))
+    take_steps, states = trainer.train(progress), progress.states
 
     def train(steps):
-        nonlocal state
-        state, seen = programs.train(state, metrics, *feed(0, steps))
-        assert np.isfinite(seen.loss)
+        nonlocal states
+        states, seen = take_steps(states, progress.metrics, *feed(0, steps))
+        assert np.isfinite(seen.loss).all()
 
     return train
 

@@ -18,9 +18,8 @@ from tensorboardX.proto import event_pb2
 from mnist_flax.compat import as_pure
 from mnist_flax.data import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.evaluate import _whole_logits, evaluate, predict
-from mnist_flax.fit import data_mesh, epochs, fit, initial_state
-from mnist_flax.members import fit_many
+from mnist_flax.evaluation import _logits, evaluate, predict
+from mnist_flax.loop import epochs, fit, initial_state
 from mnist_flax.model import CNN, CNNConfig
 from mnist_flax.optimizer import make_schedule
 from mnist_flax.recipes import (
@@ -31,6 +30,7 @@ from mnist_flax.recipes import (
     StoppingConfig,
     recipe_views,
 )
+from mnist_flax.replicas import make_mesh
 from mnist_flax.results import digest, load_run, write_results
 from mnist_flax.steps import Purpose, draw_key, eval_logits, prepared, to_float, to_model
 
@@ -49,7 +49,7 @@ def timeless(row):
 
 
 def after(calls):
-    """Returns an `interrupted` that becomes true at its `calls`-th call."""
+    """Returns a `should_stop` that becomes true at its `calls`-th call."""
     count = iter(range(1, 10**9))
     return lambda: next(count) >= calls
 
@@ -72,7 +72,7 @@ def test_it_learns_and_reports(whole):
 def test_every_seed_draws_its_own_parameters(small):
     for seed in (0, 1):
         recipe = dataclasses.replace(RECIPE, seed=seed)
-        state = initial_state(recipe, small.info, steps=24, mesh=data_mesh())
+        state = initial_state(recipe, small.info, steps=24, mesh=make_mesh())
         key = draw_key(jax.random.key(seed), Purpose.INIT, 0)
         own = as_pure(nnx.state(CNN(MODEL, rngs=nnx.Rngs(params=key)), nnx.Param))
         jax.tree.map(
@@ -83,7 +83,7 @@ def test_every_seed_draws_its_own_parameters(small):
 def test_two_runs_are_the_same_bits_and_another_seed_is_not(whole, small):
     assert_same_run(whole[0], fit(RECIPE, small, progress=False))
     other = next(epochs(dataclasses.replace(RECIPE, seed=1), small))
-    assert other.train_loss != whole[0].history[0]["train_loss"]
+    assert other.row["train_loss"] != whole[0].history[0]["train_loss"]
 
 
 SHORT = 410 if ALL else 210  # examples, of which 10 are left over
@@ -111,7 +111,7 @@ def test_interrupted_after_every_step_and_resumed_is_the_same_bits(form, short, 
                 workdir=tmp_path,
                 resume=step > 1,
                 progress=False,
-                interrupted=lambda: True,
+                should_stop=lambda: True,
             )
     assert_same_run(whole, fit(RECIPE, splits, workdir=tmp_path, resume=True, progress=False))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -128,9 +128,9 @@ def test_the_seconds_of_an_interrupted_epoch_count(small, tmp_path):
                 workdir=tmp_path,
                 resume=bool(stops),
                 progress=False,
-                interrupted=after(calls),
+                should_stop=after(calls),
             )
-        stops.append(stop.value.seconds)
+        stops.append(stop.value.progress.seconds)
     first = fit(RECIPE, small, workdir=tmp_path, resume=True, progress=False).history[0]
     for name in ("compile_seconds", "train_seconds"):
         assert 0 < stops[0][name] < stops[1][name] < first[name]
@@ -148,7 +148,7 @@ def test_to_be_interrupted_once_is_enough(calls, short):
 
     results = []
     with pytest.raises(Interrupted):
-        results += epochs(RECIPE, short[0], interrupted=once)
+        results += epochs(RECIPE, short[0], should_stop=once)
     assert len(told) == calls
 
 
@@ -169,7 +169,7 @@ def test_streamed_is_the_same_bits(whole, data_dir):
 
 def test_an_epochs_division_into_calls_does_not_change_its_bits(small, monkeypatch):
     one_call = next(epochs(RECIPE, small))
-    monkeypatch.setattr(sys.modules["mnist_flax.fit"], "CALL_SECONDS", 0.0)  # a call a step
+    monkeypatch.setattr(sys.modules["mnist_flax.loop"], "CALL_SECONDS", 0.0)  # a call a step
     step_by_step = next(epochs(RECIPE, small))
     jax.tree.map(np.testing.assert_array_equal, bits(one_call.state), bits(step_by_step.state))
 
@@ -237,7 +237,7 @@ def test_plateau_lowers_the_rate_and_the_row_says_so(small):
         schedule=ScheduleConfig(),
         plateau=PlateauConfig(patience=1, factor=0.5, min_delta=0.99),
     )
-    rates = [result.learning_rate for result in epochs(recipe, small)]
+    rates = [result.row["learning_rate"] for result in epochs(recipe, small)]
     np.testing.assert_allclose(rates, [0.05, 0.05, 0.025], rtol=1e-6)
 
 
@@ -258,7 +258,7 @@ def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(small):
     )
     first = next(epochs(RECIPE, small))
     second = next(epochs(slow, small, start=first.state))
-    assert second.learning_rate == pytest.approx(1e-9)
+    assert second.row["learning_rate"] == pytest.approx(1e-9)
     jax.tree.map(
         lambda new, old: np.testing.assert_allclose(new, old, rtol=0, atol=1e-6),
         *(jax.tree.map(np.asarray, result.state.params) for result in (second, first)),
@@ -275,13 +275,14 @@ def test_the_last_share_of_a_run_is_not_augmented(small):
     first = next(epochs(dataclasses.replace(ending, plain_share=0.0), small))
     plain = dataclasses.replace(ending, plain_share=0.0, augment=AffineConfig())
     (second,) = epochs(plain, small, start=first.state)
-    ends = [result.train_loss for result in epochs(ending, small)]
-    np.testing.assert_allclose(ends, [first.train_loss, second.train_loss], rtol=1e-4)
+    ends = [row["train_loss"] for row in list(epochs(ending, small))[-1].history]
+    separate = [result.row["train_loss"] for result in (first, second)]
+    np.testing.assert_allclose(ends, separate, rtol=1e-4)
 
 
 @pytest.mark.slow
 def test_each_column_learns(small):
-    """From its own share of every batch; `fit_many` trains the same."""
+    """From its own share of every batch; a study of one seed trains the same."""
     model = dataclasses.replace(MODEL, hidden=())
     recipe = dataclasses.replace(
         RECIPE,
@@ -296,7 +297,7 @@ def test_each_column_learns(small):
     for column, images_BHWC in zip(network.columns, seen, strict=True):
         accuracy = (column(images_BHWC).argmax(-1) == small.val.labels).mean()
         assert accuracy > 0.6
-    member = fit_many(recipe, small, seeds=[recipe.seed], progress=False).member(0)
+    member = fit(recipe, small, seeds=[recipe.seed], progress=False).replica(0)
     jax.tree.map(np.testing.assert_array_equal, bits(state), bits(member.state))
 
 
@@ -325,8 +326,8 @@ def test_parameters_that_are_not_finite_are_noticed_after_the_last_step(small):
     batch = dataclasses.replace(small, train=head(small.train, 50), val=head(small.val, 0))
     with pytest.raises(DivergedError, match="norm of the parameters"):
         fit(recipe, batch, progress=False)
-    study = fit_many(recipe, batch, seeds=[0], progress=False)
-    assert study.diverged[0] is not None
+    with pytest.raises(DivergedError, match="norm of the parameters"):
+        fit(recipe, batch, seeds=[0, 1], progress=False)
 
 
 def test_bad_input_is_refused_before_anything_is_written(small, whole, tmp_path):
@@ -346,7 +347,7 @@ def test_bad_input_is_refused_before_anything_is_written(small, whole, tmp_path)
     refuse(r"label_smoothing: 0.0 -> 0.2; seed: 0 -> 3", other, workdir=whole[1], resume=True)
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match="devices is 99"):
-        data_mesh(99)
+        make_mesh(99)
 
 
 def test_the_two_latest_checkpoints_are_kept(whole):
@@ -404,7 +405,7 @@ def test_the_evaluation_of_a_second_run_compiles_nothing(whole, small):
     (view,), (again,) = (recipe_views(RECIPE, count=1) for _ in range(2))
     seen = evaluate(state, small.val, view=view)
     other = dataclasses.replace(state, optimizer=optax.sgd(0.1))
-    size = _whole_logits._cache_size()
+    size = _logits._cache_size()
     np.testing.assert_array_equal(evaluate(other, small.val, view=again).logits_NK, seen.logits_NK)
     evaluate(other, small.val)
-    assert _whole_logits._cache_size() == size
+    assert _logits._cache_size() == size

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from jax import lax
 from numpy.testing import assert_allclose, assert_array_equal
 
-from mnist_flax import ops
+from mnist_flax import kernels, ops
+from mnist_flax.kernels import chunks
 
 EPSILON = 1e-3
 
@@ -36,7 +37,7 @@ def lax_conv(x, w, padding):
 
 
 def cpu(few):
-    return ops.CPU.few_channels if few else ops.CPU
+    return kernels.CPU.few_channels if few else kernels.CPU
 
 
 def fast_conv(x, w, padding, few=False, own=None):
@@ -54,7 +55,7 @@ def lax_separable_conv(x, depth, point, padding):
 
 
 def fast_separable_conv(x, depth, point, padding):
-    return ops.CPU.separable_conv(x, depth, point, padding=padding)
+    return kernels.CPU.separable_conv(x, depth, point, padding=padding)
 
 
 def lax_max_pool(x, window):
@@ -142,14 +143,14 @@ def test_separable_conv_agrees_with_a_grouped_and_a_pointwise_one(
 @pytest.mark.parametrize("batch", [12, 13])
 def test_materialize_is_the_function_in_a_loop_of_its_own(monkeypatch, batch):
     """Without the loop XLA computes anew what is read more than once, and nothing else shows it."""
-    monkeypatch.setattr(ops, "CHUNK_BYTES", 8 * 4 * 5 * 6 * 2 * 8)  # 4 images in an eighth of it
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 8 * 4 * 5 * 6 * 2 * 8)  # 4 images in an eighth of it
     x = normal(batch, 5, 6, 2)
 
     def run(own):
         return jax.jit(lambda x: own.materialize(lambda x: jnp.sin(x) * 2, x))
 
-    close(run(ops.CPU)(x), np.sin(x) * 2)
-    assert " while(" in run(ops.CPU).lower(x).compile().as_text()
+    close(run(kernels.CPU)(x), np.sin(x) * 2)
+    assert " while(" in run(kernels.CPU).lower(x).compile().as_text()
     assert " while(" not in run(ops.REFERENCE).lower(x).compile().as_text()
 
 
@@ -158,7 +159,7 @@ def test_conv_sums_the_kernel_gradient_over_chunks(monkeypatch, batch):
     x, w = normal(batch, 6, 6, 3), normal(3, 3, 3, 2)
     expected = value_and_vjp(lambda x, w: lax_conv(x, w, "VALID"), x, w)
     for images in (1, 4, 5, 1000):
-        monkeypatch.setattr(ops, "CHUNK_BYTES", images * 4 * 4 * 9 * 3 * 8)
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", images * 4 * 4 * 9 * 3 * 8)
         close(value_and_vjp(lambda x, w: fast_conv(x, w, "VALID"), x, w), expected)
 
 
@@ -178,7 +179,7 @@ def test_conv_hands_other_convolutions_to_lax(kwargs):
     kwargs["dimension_numbers"] = ops.NHWC
 
     def fast(x, w):
-        return ops.conv(x, w, **kwargs)
+        return kernels.conv(x, w, **kwargs)
 
     def plain(x, w):
         return lax.conv_general_dilated(x, w, **kwargs)
@@ -189,28 +190,28 @@ def test_conv_hands_other_convolutions_to_lax(kwargs):
 def test_conv_hands_whole_numbers_to_lax():
     x, w = (jnp.arange(n).reshape(shape) for n, shape in ((48, (1, 4, 4, 3)), (54, (3, 3, 3, 2))))
     np.testing.assert_array_equal(
-        ops.conv(x, w, (1, 1), "SAME", dimension_numbers=ops.NHWC), lax_conv(x, w, "SAME")
+        kernels.conv(x, w, (1, 1), "SAME", dimension_numbers=ops.NHWC), lax_conv(x, w, "SAME")
     )
 
 
-@pytest.mark.parametrize("conv", [ops.conv, ops.few_channels_conv])
+@pytest.mark.parametrize("conv", [kernels.conv, kernels.few_channels_conv])
 def test_a_batch_of_no_images_is_convolved(conv):
     x, w = jnp.zeros((0, 9, 9, 8)), jnp.zeros((3, 3, 8, 8))
     y, vjp = jax.vjp(lambda x, w: conv(x, w, (1, 1), "VALID", dimension_numbers=ops.NHWC), x, w)
     assert y.shape == (0, 7, 7, 8)
     np.testing.assert_array_equal(vjp(y)[1], np.zeros(w.shape))
     depth, point = jnp.zeros((3, 3, 8)), jnp.zeros((8, 4))
-    assert ops.separable_conv(x, depth, point, padding="SAME").shape == (0, 9, 9, 4)
+    assert kernels.separable_conv(x, depth, point, padding="SAME").shape == (0, 9, 9, 4)
 
 
 def test_conv_reads_other_dimension_orders_as_lax_does():
     x, w = normal(3, 4, 8, 7), normal(6, 4, 3, 3)
     expected = value_and_vjp(lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME"), x, w)
-    close(value_and_vjp(lambda x, w: ops.conv(x, w, (1, 1), "SAME"), x, w), expected)
+    close(value_and_vjp(lambda x, w: kernels.conv(x, w, (1, 1), "SAME"), x, w), expected)
     x, w = normal(3, 9, 4), normal(3, 4, 6)
     dims = ("NHC", "HIO", "NHC")
     expected = lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=dims)
-    close(ops.conv(x, w, (1,), "SAME", dimension_numbers=dims), expected)
+    close(kernels.conv(x, w, (1,), "SAME", dimension_numbers=dims), expected)
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
@@ -221,7 +222,7 @@ def test_conv_takes_the_place_of_lax_in_nnx_conv(padding):
         layer = nnx.Conv(2, 5, (3, 3), padding=padding, rngs=nnx.Rngs(0), **kwargs)
         return layer(x)
 
-    fast = output(conv_general_dilated=ops.conv)
+    fast = output(conv_general_dilated=kernels.conv)
     assert fast.dtype == jnp.float32
     close(fast, output(), tolerance=1e-5)
 
@@ -270,7 +271,7 @@ def test_conv_in_bfloat16_sums_in_float32_and_rounds_once(batch, channels, kerne
 
     exact = run(lax_conv, *(a.astype(jnp.float64) for a in (x, w, dy)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "CHUNK_BYTES", 2 * 6 * 7 * 9 * channels[0] * 2)  # a few chunks
+        patch.setattr(chunks, "CHUNK_BYTES", 2 * 6 * 7 * 9 * channels[0] * 2)  # a few chunks
         actual = jax.jit(functools.partial(run, fast_conv))(x, w, dy)
     for a, b in zip(actual, exact, strict=True):
         assert a.dtype == jnp.bfloat16
@@ -303,7 +304,7 @@ def test_max_pool_agrees_with_lax(shape, window, ties, few):
     close(actual, value_and_vjp(lambda x: lax_max_pool(x, window), x))
 
 
-@pytest.mark.parametrize("own", [ops.CPU, ops.CPU.few_channels, ops.REFERENCE])
+@pytest.mark.parametrize("own", [kernels.CPU, kernels.CPU.few_channels, ops.REFERENCE])
 def test_max_pool_gives_the_gradient_to_the_first_of_equal_maxima(own):
     x = jnp.array([[1.0, 3.0, 2.0, 2.0, 9.0], [3.0, 0.0, 2.0, 2.0, 9.0]])[None, :, :, None]
     gradient = jax.grad(lambda x: own.max_pool(x, window=2)[0, 0, :, 0] @ jnp.array([5.0, 7.0]))
@@ -349,11 +350,11 @@ def test_relu_norm_pool_of_hand_computed_values():
     # ReLU leaves 0, 2, 4, 2: mean 2, variance 2.
     x = jnp.array([[-5.0, 2.0], [4.0, 2.0]])[None, :, :, None]
     one = jnp.ones(1)
-    y, mean, var = ops.relu_norm_pool(x, 3 * one, one, epsilon=2.0, window=1)
+    y, mean, var = kernels.relu_norm_pool(x, 3 * one, one, epsilon=2.0, window=1)
     assert_allclose(y[0, :, :, 0], [[-2, 1], [4, 1]])
     assert_allclose([mean[0], var[0]], [2, 2])
-    assert_allclose(ops.relu_norm_pool(x, 3 * one, one, epsilon=2.0, window=2)[0].item(), 4)
-    assert_allclose(ops.relu_norm_pool(x, -3 * one, one, epsilon=2.0, window=2)[0].item(), 4)
+    assert_allclose(kernels.relu_norm_pool(x, 3 * one, one, epsilon=2.0, window=2)[0].item(), 4)
+    assert_allclose(kernels.relu_norm_pool(x, -3 * one, one, epsilon=2.0, window=2)[0].item(), 4)
 
 
 def test_relu_norm_pool_is_nnx_batch_norm():
@@ -380,7 +381,9 @@ def network(conv, relu_norm_pool, max_pool):
     return jax.grad(loss)
 
 
-FAST = network(fast_conv, fast_relu_norm_pool, lambda x, window: ops.CPU.max_pool(x, window=window))
+FAST = network(
+    fast_conv, fast_relu_norm_pool, lambda x, window: kernels.CPU.max_pool(x, window=window)
+)
 PLAIN = network(lax_conv, lax_relu_norm_pool, lax_max_pool)
 
 
@@ -470,7 +473,12 @@ def test_second_derivatives_of_separable_convolutions():
     )
 
 
-FORMS = {"cpu": ops.CPU, "few": ops.CPU.few_channels, "gpu": ops.GPU, "reference": ops.REFERENCE}
+FORMS = {
+    "cpu": kernels.CPU,
+    "few": kernels.CPU.few_channels,
+    "gpu": kernels.GPU,
+    "reference": ops.REFERENCE,
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -531,9 +539,15 @@ def test_forward_mode_through_the_reference():
 
 
 def test_each_platform_has_its_operations():
-    names = {"cpu": ops.CPU, "gpu": ops.GPU, "cuda": ops.GPU, "rocm": ops.GPU, "tpu": ops.REFERENCE}
+    names = {
+        "cpu": kernels.CPU,
+        "gpu": kernels.GPU,
+        "cuda": kernels.GPU,
+        "rocm": kernels.GPU,
+        "tpu": ops.REFERENCE,
+    }
     assert {name: ops.for_platform(name) for name in names} == names
-    assert ops.for_platform(jax.devices()[0].platform) == ops.CPU
+    assert ops.for_platform(jax.devices()[0].platform) == kernels.CPU
 
 
 def of_platform(own):
@@ -544,7 +558,7 @@ def of_platform(own):
     )
 
 
-@pytest.mark.parametrize("own", [ops.GPU, ops.REFERENCE], ids=["gpu", "reference"])
+@pytest.mark.parametrize("own", [kernels.GPU, ops.REFERENCE], ids=["gpu", "reference"])
 def test_on_accelerators_the_network_is_that_of_plain_lax(own):
     params, x = parameters(), normal(8, 17, 19, 1)
     close(jax.jit(of_platform(own))(params, x), jax.jit(PLAIN)(params, x), tolerance=1e-8)
@@ -557,7 +571,7 @@ def test_on_a_gpu_no_gradient_is_scattered():
     """XLA has no form of that which sums in the same order each time."""
     params, x = parameters(), normal(8, 17, 19, 1)
     assert "scatter" in str(jax.make_jaxpr(PLAIN)(params, x))
-    assert "scatter" not in str(jax.make_jaxpr(of_platform(ops.GPU))(params, x))
+    assert "scatter" not in str(jax.make_jaxpr(of_platform(kernels.GPU))(params, x))
 
 
 def test_the_reference_is_plain_lax():
@@ -576,8 +590,8 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from mnist_flax import ops
-from test_ops import close, normal, shared_network
+from mnist_flax import kernels, ops
+from test_kernels import close, normal, shared_network
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 params = normal(3, 3, 8, 8), normal(3, 3, 8), normal(8, 4)
@@ -587,7 +601,7 @@ def check(mesh, spec, *, context, batch=8, moves=0, vmap=False):
     expected = jax.jit(shared_network(ops.REFERENCE))(params, x)
     x = jax.device_put(x, NamedSharding(mesh, spec))
     own = jax.device_put(params, NamedSharding(mesh, P()))
-    gradient = shared_network(ops.CPU)
+    gradient = shared_network(kernels.CPU)
     with jax.set_mesh(mesh) if context else contextlib.nullcontext():
         run = jax.jit(gradient).lower(own, x).compile()
         close(run(own, x), expected)
@@ -661,7 +675,7 @@ def test_on_accelerators_a_background_of_zeros_has_the_gradient_of_the_cpu():
         y_BHWC, _, _ = own.relu_norm_pool(x_BHWC, ones_C, ones_C, epsilon=1e-3, window=2)
         return (y_BHWC * jnp.arange(1.0, 4.0)[None, None, None]).sum()
 
-    here, there = (jax.grad(total)(x_BHWC, own) for own in (ops.CPU, ops.REFERENCE))
+    here, there = (jax.grad(total)(x_BHWC, own) for own in (kernels.CPU, ops.REFERENCE))
     assert np.abs(here).max() > 0.1
     np.testing.assert_array_equal(there[x_BHWC == 0], 0)
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-5)

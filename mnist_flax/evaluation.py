@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mnist_flax.checks import (
     check_image_array,
@@ -21,7 +21,15 @@ from mnist_flax.checks import (
 )
 from mnist_flax.data import EVAL_BATCH, Examples, check_examples
 from mnist_flax.errors import InputError
-from mnist_flax.fit import mesh_of, sharded_batches
+from mnist_flax.replicas import (
+    by_replica,
+    everywhere,
+    make_mesh,
+    mesh_of,
+    over_replicas,
+    sharded_batches,
+    stack,
+)
 from mnist_flax.steps import TrainState, View, eval_logits, without_optimizer
 
 
@@ -218,13 +226,16 @@ def batched_logits(
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _whole_logits(
-    state: TrainState, images_SBHWC: jax.Array, view: View | None, *, mesh: Mesh
+def _logits(
+    states: TrainState, images_SBHWC: jax.Array, view: View | None, *, mesh: Mesh
 ) -> jax.Array:
-    """Returns `batched_logits`, all of them on each of the mesh's devices."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    logits_SBK = batched_logits(state, images_SBHWC, view)
-    return jax.lax.with_sharding_constraint(logits_SBK, everywhere)
+    """Returns `batched_logits` of all replicas, [R, S, B, K], all of them on each device."""
+
+    def of_replica(state, seen):
+        return batched_logits(state, *seen)
+
+    logits_RSBK = over_replicas(of_replica, mesh=mesh)(states, (images_SBHWC, view))
+    return jax.lax.with_sharding_constraint(logits_RSBK, everywhere(mesh))
 
 
 def padded_size(num_examples: int) -> int:
@@ -251,17 +262,33 @@ def predict(
       InputError: there is no image; they are not uint8 or floating-point in [0, 1], or of another
         shape than the model's.
     """
-    images_NHWC, mesh = np.asarray(images_NHWC), mesh_of(state)
+    images_NHWC = np.asarray(images_NHWC)
     check_image_array(images_NHWC)
     check_image_values(images_NHWC)
-    if not (N := len(images_NHWC)):
+    if not len(images_NHWC):
         raise InputError("there are no images to predict; give at least one")
+    mesh = mesh_of(state)
+    states = stack(without_optimizer(state), mesh=mesh)
+    size = padded_size(len(images_NHWC))
+    return _predict(states, images_NHWC, mesh=mesh, view=view, batch_size=size)[0]
+
+
+def _predict(
+    states: TrainState,
+    images_NHWC: np.ndarray,
+    *,
+    mesh: Mesh,
+    view: View | None,
+    batch_size: int = EVAL_BATCH,
+) -> np.ndarray:
+    """Returns all replicas' logits [R, N, K]; the states lie on the mesh."""
+    N = len(images_NHWC)
     padded = Examples(images_NHWC, np.zeros(N, np.int32))
-    images_SBHWC = sharded_batches(padded, mesh=mesh, batch_size=padded_size(N)).images
-    state = jax.device_put(without_optimizer(state), NamedSharding(mesh, PartitionSpec()))
+    images_SBHWC = sharded_batches(padded, mesh=mesh, batch_size=batch_size).images
     with jax.set_mesh(mesh):
-        logits_SBK = _whole_logits(state, images_SBHWC, view, mesh=mesh)
-    return np.asarray(logits_SBK).reshape(-1, logits_SBK.shape[-1])[:N]
+        logits_RSBK = np.asarray(_logits(states, images_SBHWC, view, mesh=mesh))
+    R, K = logits_RSBK.shape[0], logits_RSBK.shape[-1]
+    return logits_RSBK.reshape(R, -1, K)[:, :N]
 
 
 def evaluate(state: TrainState, examples: Examples, *, view: View | None = None) -> Evaluation:
@@ -277,3 +304,29 @@ def evaluate(state: TrainState, examples: Examples, *, view: View | None = None)
     """
     check_examples(examples, name="the examples to evaluate")
     return Evaluation(predict(state, examples.images, view=view), np.asarray(examples.labels))
+
+
+def evaluate_replicas(
+    states: TrainState,
+    examples: Examples,
+    *,
+    mesh: Mesh | None = None,
+    view: View | None = None,
+) -> list[Evaluation]:
+    """Evaluates every replica of a study on every example once.
+
+    Args:
+      states: stacked states, [R, ...], as `FitResult` holds them.
+      examples: at least one example.
+      mesh: the devices, whichever hold the states; None takes `make_mesh` of all.
+      view: how all replicas see the images; None sees them as they are.
+
+    Raises:
+      InputError: as in `evaluate`.
+    """
+    check_examples(examples, name="the examples to evaluate")
+    mesh = mesh or make_mesh(replicas=len(states.step))
+    states = jax.device_put(without_optimizer(states), by_replica(mesh))
+    logits_RNK = _predict(states, np.asarray(examples.images), mesh=mesh, view=view)
+    labels_N = np.asarray(examples.labels)
+    return [Evaluation(logits_NK, labels_N) for logits_NK in logits_RNK]

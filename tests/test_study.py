@@ -1,7 +1,6 @@
-"""Many members in one program, against runs of their own: real MNIST, real checkpoints."""
+"""Many replicas in one program, against runs of their own: real MNIST, real checkpoints."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
@@ -11,20 +10,12 @@ import numpy as np
 import pytest
 import seeds
 from conftest import ALL, MODEL, RECIPE, TINY, head
-from test_fit import after, bits, timeless
+from test_loop import after, bits, timeless
 
-from mnist_flax.data import epoch_order, load_splits
+from mnist_flax.data import load_splits
 from mnist_flax.errors import CheckpointError, DivergedError, InputError, Interrupted
-from mnist_flax.evaluate import evaluate
-from mnist_flax.fit import Window, fit
-from mnist_flax.members import (
-    compile_programs,
-    evaluate_many,
-    fit_many,
-    fresh_progress,
-    member_mesh,
-    member_recipes,
-)
+from mnist_flax.evaluation import evaluate, evaluate_replicas
+from mnist_flax.loop import Trainer, fit, initial_progress
 from mnist_flax.recipes import (
     TRACEABLE,
     AffineConfig,
@@ -33,13 +24,15 @@ from mnist_flax.recipes import (
     ScheduleConfig,
     StoppingConfig,
     recipe_views,
+    replica_recipes,
     with_fields,
 )
+from mnist_flax.replicas import make_mesh
 
 # Without augmentation, whose last bit XLA rounds otherwise in a loop within a loop.
 PLAIN = dataclasses.replace(RECIPE, augment=AffineConfig(), model=MODEL)
 SEEDS = (3, 0, 8)
-# Members that stop at different epochs.
+# Replicas that stop at different epochs.
 STOPPING = dataclasses.replace(
     PLAIN,
     epochs=12,
@@ -57,9 +50,9 @@ def without_val(row):
 
 @pytest.fixture(scope="module")
 def study(small, tmp_path_factory):
-    """Three members, uninterrupted, and their directory, which is not to be changed."""
+    """Three replicas, uninterrupted, and their directory, which is not to be changed."""
     workdir = tmp_path_factory.mktemp("study") / "run"
-    return fit_many(STOPPING, small, seeds=SEEDS, workdir=workdir, progress=False), workdir
+    return fit(STOPPING, small, seeds=SEEDS, workdir=workdir, progress=False), workdir
 
 
 def assert_same_study(one, other):
@@ -68,29 +61,29 @@ def assert_same_study(one, other):
         list(map(timeless, h)) for h in other.histories
     ]
     assert one.best_epochs == other.best_epochs
-    assert one.stopped_early == other.stopped_early
+    assert one.stopped == other.stopped
 
 
-def test_members_are_their_own_runs(study, small):
-    """Every bit of the state, though the members stop at different epochs."""
+def test_replicas_are_their_own_runs(study, small):
+    """Every bit of the state, though the replicas stop at different epochs."""
     result, _ = study
     assert len({len(history) for history in result.histories}) > 1
     for i, seed in enumerate(SEEDS):
-        member = result.member(i)
+        replica = result.replica(i)
         own = fit(dataclasses.replace(STOPPING, seed=seed), small, progress=False)
-        jax.tree.map(np.testing.assert_array_equal, bits(own.state), bits(member.state))
-        assert list(map(without_val, own.history)) == list(map(without_val, member.history))
-        losses = [[row["val_loss"] for row in run.history] for run in (own, member)]
+        jax.tree.map(np.testing.assert_array_equal, bits(own.state), bits(replica.state))
+        assert list(map(without_val, own.history)) == list(map(without_val, replica.history))
+        losses = [[row["val_loss"] for row in run.history] for run in (own, replica)]
         np.testing.assert_allclose(*losses, rtol=1e-6)
-        assert (own.best_epoch, own.stopped_early) == (member.best_epoch, member.stopped_early)
-        best = member.history[member.best_epoch - 1]
-        assert best["val_accuracy"] == pytest.approx(evaluate(member.state, small.val).accuracy)
-        assert own.history[0].keys() == member.history[0].keys()
+        assert (own.best_epoch, own.stopped_early) == (replica.best_epoch, replica.stopped_early)
+        best = replica.history[replica.best_epoch - 1]
+        assert best["val_accuracy"] == pytest.approx(evaluate(replica.state, small.val).accuracy)
+        assert own.history[0].keys() == replica.history[0].keys()
 
 
 @pytest.mark.slow
 def test_a_varied_number_is_the_recipes_own(small):
-    """Each traceable field: a member with a value trains as a recipe that has it."""
+    """Each traceable field: a replica with a value trains as a recipe that has it."""
     recipe = dataclasses.replace(
         PLAIN,
         epochs=1,
@@ -112,12 +105,12 @@ def test_a_varied_number_is_the_recipes_own(small):
         "optimizer.weight_decay": (0.0, 0.5),
     }
     assert set(values) == set(TRACEABLE)
-    members = [{}] + [{name: 1} for name in values] + [dict.fromkeys(values, 1)]
-    vary = {name: [values[name][m.get(name, 0)] for m in members] for name in values}
-    result = fit_many(recipe, small, seeds=[5] * len(members), vary=vary, progress=False)
+    replicas = [{}] + [{name: 1} for name in values] + [dict.fromkeys(values, 1)]
+    vary = {name: [values[name][m.get(name, 0)] for m in replicas] for name in values}
+    result = fit(recipe, small, seeds=[5] * len(replicas), vary=vary, progress=False)
     losses = [history[0]["train_loss"] for history in result.histories]
     assert len(set(losses)) == len(losses)  # every field has an effect
-    for i in (0, len(members) - 1) if ALL else (len(members) - 1,):
+    for i in (0, len(replicas) - 1) if ALL else (len(replicas) - 1,):
         own = with_fields(recipe, {"seed": 5} | {name: vary[name][i] for name in vary})
         assert result.recipes[i] == own
         (row,) = fit(own, small, progress=False).history
@@ -128,18 +121,18 @@ def test_a_varied_number_is_the_recipes_own(small):
 def test_interrupted_anywhere_and_resumed_is_the_same_study(study, small, tmp_path, calls):
     run = dict(seeds=SEEDS, workdir=tmp_path, progress=False)
     with pytest.raises(Interrupted) as stop:
-        fit_many(STOPPING, small, interrupted=after(calls), **run)
+        fit(STOPPING, small, should_stop=after(calls), **run)
     newest = max(int(d.name) for d in (tmp_path / "checkpoints").iterdir())
-    assert newest == int(stop.value.state.step.max())
-    assert_same_study(study[0], fit_many(STOPPING, small, resume=True, **run))
+    assert newest == stop.value.step
+    assert_same_study(study[0], fit(STOPPING, small, resume=True, **run))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    members = [row.pop("member") for row in rows]
-    assert members == [i for i, h in enumerate(study[0].histories) for _ in h]
-    assert list(map(timeless, rows)) == [timeless(r) for h in study[0].histories for r in h]
+    found = [(row.pop("replica"), timeless(row)) for row in rows]
+    written = [(i, timeless(r)) for i, h in enumerate(study[0].histories) for r in h]
+    assert found == sorted(written, key=lambda row: (row[1]["epoch"], row[0]))
 
 
 def test_a_finished_study_gives_its_result(study, small):
-    again = fit_many(STOPPING, small, seeds=SEEDS, workdir=study[1], resume=True, progress=False)
+    again = fit(STOPPING, small, seeds=SEEDS, workdir=study[1], resume=True, progress=False)
     assert_same_study(study[0], again)
 
 
@@ -153,28 +146,28 @@ def test_a_damaged_checkpoint_is_passed_over(study, small, tmp_path):
             path.write_bytes(b"")
     run = dict(seeds=SEEDS, workdir=copy, resume=True, progress=False)
     with pytest.raises(CheckpointError, match=newest.name):
-        fit_many(STOPPING, small, strict=True, **run)
-    assert_same_study(study[0], fit_many(STOPPING, small, **run))
+        fit(STOPPING, small, strict=True, **run)
+    assert_same_study(study[0], fit(STOPPING, small, **run))
 
 
-def test_a_member_that_diverges_leaves_the_others_alone(small):
+def test_a_replica_that_diverges_leaves_the_others_alone(small):
     vary = {"optimizer.learning_rate": [0.05, 1e30, 0.05]}
-    result = fit_many(PLAIN, small, seeds=[0, 0, 1], vary=vary, progress=False)
+    result = fit(PLAIN, small, seeds=[0, 0, 1], vary=vary, progress=False)
     assert [reason is None for reason in result.diverged] == [True, False, True]
-    with pytest.raises(DivergedError, match=r"member 1 \(seed 0\): training diverged in epoch 1"):
-        result.member(1)
+    with pytest.raises(DivergedError, match=r"replica 1 \(seed 0\): the training loss .*epoch 1:"):
+        result.replica(1)
     assert result.histories[1] == ()
     own = fit(dataclasses.replace(PLAIN, seed=1), small, progress=False)
-    losses = [[row["train_loss"] for row in run.history] for run in (own, result.member(2))]
+    losses = [[row["train_loss"] for row in run.history] for run in (own, result.replica(2))]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_evaluation_of_many_is_that_of_each(study, splits):
     """On 1,111 examples, which fill no whole number of batches."""
     examples = head(splits.test, 1111)
-    together = evaluate_many(study[0].states, examples)
+    together = evaluate_replicas(study[0].states, examples)
     for i, evaluation in enumerate(together):
-        alone = evaluate(study[0].member(i).state, examples)
+        alone = evaluate(study[0].replica(i).state, examples)
         np.testing.assert_allclose(evaluation.logits_NK, alone.logits_NK, rtol=1e-4, atol=1e-4)
         assert evaluation.total == 1111
     assert not np.allclose(together[0].logits_NK, together[1].logits_NK)
@@ -182,32 +175,32 @@ def test_evaluation_of_many_is_that_of_each(study, splits):
 
 def test_views_end_between_two_of_them_when_interrupted(study, splits):
     states, views = study[0].states, recipe_views(RECIPE, count=3)
-    options = dict(views=views, mesh=member_mesh(3))
+    options = dict(views=views, mesh=make_mesh(replicas=3))
     with pytest.raises(Interrupted):
-        seeds.see(states, head(splits.test, 100), interrupted=after(3), **options)
-    seen = seeds.see(states, head(splits.test, 100), interrupted=after(4), **options)
-    assert [[member.total for member in view] for view in seen] == [[100] * 3] * 3
+        seeds.see(states, head(splits.test, 100), should_stop=after(3), **options)
+    seen = seeds.see(states, head(splits.test, 100), should_stop=after(4), **options)
+    assert [[replica.total for replica in view] for view in seen] == [[100] * 3] * 3
 
 
-def test_all_members_see_the_same_view(study, splits):
+def test_all_replicas_see_the_same_view(study, splits):
     examples, states = head(splits.test, 700), study[0].states
     (view,), (again,) = (recipe_views(RECIPE, count=1) for _ in range(2))
-    for i, evaluation in enumerate(evaluate_many(states, examples, view=view)):
-        alone = evaluate(study[0].member(i).state, examples, view=again)
+    for i, evaluation in enumerate(evaluate_replicas(states, examples, view=view)):
+        alone = evaluate(study[0].replica(i).state, examples, view=again)
         np.testing.assert_allclose(evaluation.logits_NK, alone.logits_NK, rtol=1e-3, atol=1e-3)
 
 
-def test_bad_input_is_refused_before_anything_is_written(small, study, data_dir, tmp_path):
+def test_bad_input_is_refused_before_anything_is_written(small, study, tmp_path):
     def refuse(match, seeds=(0, 1), splits=small, workdir=tmp_path / "new", **options):
         with pytest.raises(InputError, match=match):
-            fit_many(STOPPING, splits, seeds=seeds, workdir=workdir, progress=False, **options)
+            fit(STOPPING, splits, seeds=seeds, workdir=workdir, progress=False, **options)
 
     refuse("seeds is empty", seeds=())
-    refuse("'epochs' cannot differ by member", vary={"epochs": [1, 2]})
+    refuse("'epochs' cannot differ by replica", vary={"epochs": [1, 2]})
     refuse("has 3 values for 2 seeds", vary={"label_smoothing": [0.0, 0.1, 0.2]})
     beside = dataclasses.replace(STOPPING, columns=(MODEL,))
     with pytest.raises(InputError, match="is one column's"):
-        fit_many(beside, small, seeds=(0, 1), vary={"model.dropout": [0.0, 0.1]})
+        fit(beside, small, seeds=(0, 1), vary={"model.dropout": [0.0, 0.1]})
     refuse("label_smoothing is 1.5", vary={"label_smoothing": [0.0, 1.5]})
     refuse("has no number 'optimizer.adam_ratio'", vary={"optimizer.adam_ratio": [0.1, 0.2]})
     refuse("no run to resume", resume=True)
@@ -217,28 +210,25 @@ def test_bad_input_is_refused_before_anything_is_written(small, study, data_dir,
     info = dataclasses.replace(small.info, fingerprint="0123456789abcdef")
     other = dataclasses.replace(small, info=info)
     refuse("fingerprint: ", splits=other, seeds=SEEDS, workdir=study[1], resume=True)
-    streamed = load_splits("mnist", val_size=500, seed=0, data_dir=data_dir, stream=True)
-    refuse("do not stream", splits=streamed)
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match="devices is 99"):
-        member_mesh(2, devices=99)
+        make_mesh(99, replicas=2)
 
 
 @pytest.mark.slow
-def test_vmapped_members_are_those_one_after_another(small):
-    """The form of a GPU, on the CPU: five steps of two members; the third takes none."""
-    mesh = member_mesh(3, devices=1)
-    recipes = member_recipes(PLAIN, seeds=SEEDS, vary={})
-    fresh = fresh_progress(recipes, small.info, steps=24, mesh=mesh)
-    order = functools.partial(epoch_order, num_examples=1230, batch_size=50)
-    indices_MSB = jax.vmap(order)(jax.random.split(jax.random.key(0), 3))
-    window = Window(small.train, indices_MSB, 0, 5)
+def test_vmapped_replicas_are_those_one_after_another(small):
+    """The form of a GPU, on the CPU: five steps of two replicas; the third takes none."""
+    mesh = make_mesh(1, replicas=3)
+    recipes = replica_recipes(PLAIN, seeds=SEEDS, vary={})
+    trainer = Trainer(recipes, small, varied=(), mesh=mesh)
+    fresh = initial_progress(recipes, small.info, steps=24, mesh=mesh)
+    fresh = dataclasses.replace(fresh, diverged=(None, None, "given up"))
+    chunk = trainer.feed(fresh, 1)(0, 5)
     ends = []
     for loop in (True, False):
-        programs = compile_programs(PLAIN, fresh, {}, window, None, steps=24, mesh=mesh, loop=loop)
+        trainer.compile(fresh, chunk, loop=loop)
         states = jax.tree.map(jnp.copy, fresh.states)
-        active_M = jnp.array([True, True, False])
-        ends.append(programs.train(active_M, {}, states, fresh.metrics, *window))
+        ends.append(trainer.train(fresh)(states, fresh.metrics, *chunk))
     for states, metrics in ends:
         assert np.asarray(states.step).tolist() == [5, 5, 0]
         assert np.asarray(metrics.count).tolist() == [250, 250, 0]
@@ -254,10 +244,12 @@ def test_vmapped_members_are_those_one_after_another(small):
     )
 
 
-def test_several_processes_are_refused(small, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="in one process"):
-        fit_many(STOPPING, small, seeds=SEEDS, progress=False)
+def test_a_streamed_study_is_the_same_bits(study, small, data_dir):
+    """The records of the same 1,230 examples, in other orders for each replica."""
+    streamed = load_splits("mnist", val_size=5000, seed=0, data_dir=data_dir, stream=True)
+    streamed.train._indices_N = streamed.train._indices_N[:1230]
+    streamed = dataclasses.replace(streamed, val=small.val)
+    assert_same_study(study[0], fit(STOPPING, streamed, seeds=SEEDS, progress=False))
 
 
 def test_a_study_is_no_run_of_fit(study, small):

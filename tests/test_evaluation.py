@@ -16,9 +16,9 @@ from sklearn import metrics
 
 from mnist_flax.augment import random_affine
 from mnist_flax.errors import InputError
-from mnist_flax.evaluate import (
+from mnist_flax.evaluation import (
     Evaluation,
-    _whole_logits,
+    _logits,
     fit_temperature,
     mixture,
     padded_size,
@@ -167,23 +167,23 @@ def test_programs_are_compiled_for_few_sizes_and_give_each_image_its_logits(line
     images = np.random.default_rng(0).uniform(size=(40, 28, 28, 1)).astype(np.float32)
     kernel = np.asarray(linear.params["fc"]["kernel"], np.float64)
     expected = images.reshape(40, -1) @ kernel
-    before = _whole_logits._cache_size()
+    before = _logits._cache_size()
     for N in range(17, 33):
         logits = predict(linear, images[:N])
         assert_allclose(logits, expected[:N], atol=1e-5)
-    assert _whole_logits._cache_size() == before + 1
+    assert _logits._cache_size() == before + 1
 
 
 def test_a_view_of_equal_ranges_is_compiled_once(linear):
     images = np.zeros((4, 28, 28, 1), np.float32)
-    before = _whole_logits._cache_size()
+    before = _logits._cache_size()
     for ranges in ({"rotate": 10.0, "shift": 0.1}, {"shift": 0.1, "rotate": 10.0}):
         augment = functools.partial(random_affine, **ranges)
         predict(linear, images, view=View(jax.random.key(0), augment))
-    assert _whole_logits._cache_size() == before + 1
+    assert _logits._cache_size() == before + 1
     other = View(jax.random.key(0), functools.partial(random_affine, rotate=11.0, shift=0.1))
     predict(linear, images, view=other)
-    assert _whole_logits._cache_size() == before + 2
+    assert _logits._cache_size() == before + 2
 
 
 def test_views_of_arguments_that_cannot_be_compared_are_themselves():
