@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mnist_flax import command_line
-from mnist_flax.data import load_splits
+from mnist_flax.datasets import load_splits
 from mnist_flax.errors import InputError
+from mnist_flax.launch import command_line
 from mnist_flax.workdir import require_directory, write_json
 
 HERE = Path(__file__).parent

@@ -13,8 +13,8 @@ from typing import Annotated
 
 import tyro
 
-from mnist_flax import command_line
 from mnist_flax.errors import InputError
+from mnist_flax.launch import command_line
 
 # Takes the brush up once the pad is there: Gradio's pad begins without one.
 TAKE_BRUSH = """() => {
@@ -49,8 +49,8 @@ def make_page(run):
     import numpy as np
     from PIL import Image
 
-    from mnist_flax import digits
     from mnist_flax.evaluation import Evaluation, predict
+    from mnist_flax.reports import digits
 
     names = run.info.class_names
 
@@ -97,8 +97,8 @@ def main(arguments):
         raise InputError("name one run directory; see --help")
     command_line.begin()
 
-    from mnist_flax.digits import require_shape
-    from mnist_flax.results import load_run
+    from mnist_flax.reports.digits import require_shape
+    from mnist_flax.reports.results import load_run
 
     run = load_run(command.run[0])
     print(run, file=sys.stderr)

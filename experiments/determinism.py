@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from mnist_flax import command_line
 from mnist_flax.errors import InputError
+from mnist_flax.launch import command_line
 
 TRAIN = Path(__file__).parent / "train.py"
 SMALL = ["--recipe", "default", "--val-size", "45000", "--epochs", "1"]

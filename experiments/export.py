@@ -17,8 +17,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from mnist_flax import command_line
 from mnist_flax.errors import InputError
+from mnist_flax.launch import command_line
 
 TOLERANCE = 1e-3  # of logits of about 10, in float32
 # Of the largest logit: a network of four layers rounds a dozen times, each by 2^-9 at most, and
@@ -115,10 +115,10 @@ def main(arguments):
         raise InputError("name a run directory; see --help")
     command_line.begin()
 
-    from mnist_flax import export
-    from mnist_flax.data import load_splits
+    from mnist_flax.datasets import load_splits
     from mnist_flax.evaluation import predict
-    from mnist_flax.results import load_run
+    from mnist_flax.reports import export
+    from mnist_flax.reports.results import load_run
     from mnist_flax.workdir import require_directory
 
     run = load_run(command.run[0])

@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from mnist_flax import command_line, runtime
-from mnist_flax.data import Examples, load_splits, take
+from mnist_flax.data import Examples, take
+from mnist_flax.datasets import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
+from mnist_flax.launch import command_line, runtime
 from mnist_flax.recipes import PlateauConfig, Recipe, StoppingConfig, recipe_views, to_dict
 from mnist_flax.workdir import holds_run, write_json
 
@@ -95,9 +96,9 @@ def main(arguments):
     views = recipe_views(recipe, count=command.views)
     labels = [name, f"{name}, the mean of {len(views)} views"][: 1 + bool(views)]
 
-    from mnist_flax.folds import fold_indices
     from mnist_flax.loop import fit
     from mnist_flax.replicas import make_mesh
+    from mnist_flax.studies.folds import fold_indices
 
     mesh = make_mesh(command.devices)
     splits = load_splits(

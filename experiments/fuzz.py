@@ -22,8 +22,11 @@ except ImportError:
     sys.exit(2)
 
 with atheris.instrument_imports(include=["mnist_flax"]):
-    from mnist_flax import archives, command_line, digits, recipes
+    from mnist_flax import recipes
+    from mnist_flax.datasets import archives
     from mnist_flax.errors import InputError
+    from mnist_flax.launch import command_line
+    from mnist_flax.reports import digits
 
 # In memory: libFuzzer ends the process without a chance to remove a file.
 FILE = Path(f"/proc/self/fd/{os.memfd_create('fuzzed')}")

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from mnist_flax import command_line
 from mnist_flax.errors import DivergedError, InputError, Interrupted
+from mnist_flax.launch import command_line
 from mnist_flax.recipes import Recipe
 
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
@@ -110,17 +110,18 @@ def speeds(recipe: Recipe, splits, *, sizes: tuple[int, ...]) -> list[dict[str, 
     """Returns the images a second of so many replicas, in both forms; median of five turns."""
     import jax
     import numpy as np
-    import scaling  # the script beside this one
+
+    from mnist_flax.studies.speed import Contender, time_turns, training
 
     made = []
     for size in sizes:
         for line, loop in (("vmap", False), ("one after another", True)):
-            run = scaling.training(
+            run = training(
                 recipe, splits, replicas=size, devices=len(jax.devices()), steps=20, loop=loop
             )
             images = 20 * size * recipe.batch_size
-            made.append(scaling.Contender("replicas", line, size, images, run))
-    measured = scaling.time_turns(made, turns=5)
+            made.append(Contender("replicas", line, size, images, run))
+    measured = time_turns(made, turns=5)
     return [
         {"replicas": c.size, "form": c.line, "images_per_second": float(np.median(values))}
         for c, values in zip(made, measured, strict=True)
@@ -130,16 +131,16 @@ def speeds(recipe: Recipe, splits, *, sizes: tuple[int, ...]) -> list[dict[str, 
 def study(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> dict[str, Any]:
     """Trains all replicas at once."""
     import numpy as np
-    import seeds as seeds_script  # the script beside this one
 
     from mnist_flax.evaluation import evaluate_replicas
     from mnist_flax.loop import fit
+    from mnist_flax.studies.statistics import estimate, survivors
 
     began = time.perf_counter()
     result = fit(recipe, splits, seeds=seeds, progress=False, should_stop=late)
     fitted = time.perf_counter()
     tests = evaluate_replicas(result.states, splits.test)
-    alive = seeds_script.survivors(result.diverged)
+    alive = survivors(result.diverged)
     accuracies = np.array([tests[i].accuracy for i in alive])
     rows = [row for history in result.histories for row in history]
     train_seconds = sum(row["train_seconds"] for row in rows)
@@ -150,7 +151,7 @@ def study(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) -> 
         "images_per_second": images(recipe, splits, epochs=len(rows)) / train_seconds,
         "compile_seconds": sum(row["compile_seconds"] for row in rows),
         "test_seconds": time.perf_counter() - fitted,
-        **seeds_script.statistics(accuracies),
+        **estimate(accuracies),
         "test_accuracies": accuracies.tolist(),
         "diverged": len(seeds) - len(alive),
         "diverged_seeds": [seed for i, seed in enumerate(seeds) if i not in alive],
@@ -190,7 +191,7 @@ def main(arguments):
 
     import jax
 
-    from mnist_flax.data import load_splits
+    from mnist_flax.datasets import load_splits
     from mnist_flax.workdir import write_json
 
     def late() -> bool:

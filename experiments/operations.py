@@ -13,8 +13,8 @@ import dataclasses
 import functools
 import time
 
-from mnist_flax import command_line, runtime
 from mnist_flax.errors import InputError
+from mnist_flax.launch import command_line, runtime
 
 # Height and width, input and output channels, padding, images; each also in bfloat16.
 CONVOLUTIONS = (

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from mnist_flax import command_line
 from mnist_flax.errors import InputError
+from mnist_flax.launch import command_line
 from mnist_flax.workdir import require_directory
 
 
@@ -38,7 +38,7 @@ class Command:
 
 def read(path: Path, *, line: bool) -> list[Any]:
     """Returns the digits of a picture."""
-    from mnist_flax import digits
+    from mnist_flax.reports import digits
 
     ink = digits.read_picture(path)
     return digits.find_digits(ink) if line else [digits.find_digit(ink)]
@@ -68,10 +68,10 @@ def main(arguments):
 
     import numpy as np
 
-    from mnist_flax.digits import require_shape
     from mnist_flax.evaluation import Evaluation, predict
-    from mnist_flax.figures import plot_predictions, save_figure
-    from mnist_flax.results import load_run
+    from mnist_flax.reports.digits import require_shape
+    from mnist_flax.reports.figures import plot_predictions, save_figure
+    from mnist_flax.reports.results import load_run
 
     run = load_run(command.paths[0])
     print(run, file=sys.stderr)

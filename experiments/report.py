@@ -18,8 +18,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from mnist_flax import command_line
 from mnist_flax.errors import InputError
+from mnist_flax.launch import command_line
 
 EMBEDDED = 3000  # test images in the picture of their features
 SHOWN_CLASSES = 20  # in the picture of gradients
@@ -112,7 +112,7 @@ def calibration(evaluation) -> dict[str, float]:
 
 def label_noise(test, *, fingerprint: str) -> dict[str, Any] | None:
     """Returns what an audit of the test labels leaves of the mistakes; None for other data."""
-    from mnist_flax.archives import disputed_test_labels
+    from mnist_flax.datasets.archives import disputed_test_labels
 
     if not (indices := disputed_test_labels(fingerprint=fingerprint)):
         return None
@@ -128,8 +128,8 @@ def label_noise(test, *, fingerprint: str) -> dict[str, Any] | None:
 
 def measure(run, splits, bar: tqdm) -> tuple[dict[str, Any], Any]:
     """Returns a run's numbers, as JSON, and its evaluation of the test split."""
-    from mnist_flax import robustness
     from mnist_flax.evaluation import evaluate, fit_temperature, risk_coverage, wilson_interval
+    from mnist_flax.studies import robustness
 
     test = evaluate(run.state, splits.test)
     numbers: dict[str, Any] = {
@@ -217,7 +217,7 @@ def percent(share: float) -> str:
 
 def add_summary(page: Page, run, numbers: dict[str, Any], test) -> None:
     """Adds a run's heading, its accuracy and its classes."""
-    from mnist_flax import figures
+    from mnist_flax.reports import figures
 
     names = run.info.class_names
     low, high = numbers["interval"]
@@ -250,7 +250,7 @@ def add_summary(page: Page, run, numbers: dict[str, Any], test) -> None:
 
 def add_mistakes(page: Page, run, examples, test) -> None:
     """Adds the worst mistakes, and the hits that were nearly mistakes."""
-    from mnist_flax import figures
+    from mnist_flax.reports import figures
 
     names, labels = run.info.class_names, np.asarray(examples.labels)
     probabilities = test.probabilities_NK
@@ -277,8 +277,8 @@ def add_mistakes(page: Page, run, examples, test) -> None:
 
 def add_calibration(page: Page, numbers: dict[str, Any], test) -> None:
     """Adds loss, Brier score, ECE and the reliability, with the fitted temperature and without."""
-    from mnist_flax import figures
     from mnist_flax.evaluation import reliability
+    from mnist_flax.reports import figures
 
     page.heading("Calibration", 3)
     before = numbers["calibration"]
@@ -308,7 +308,7 @@ def add_calibration(page: Page, numbers: dict[str, Any], test) -> None:
 
 def add_sight(page: Page, run, examples) -> None:
     """Adds what the network looks at: gradients, first kernels, and the features it ends with."""
-    from mnist_flax import figures
+    from mnist_flax.reports import figures
 
     names, labels = run.info.class_names, np.asarray(examples.labels)
     page.heading("What it sees", 3)
@@ -346,8 +346,8 @@ def add_run(page: Page, run, splits, numbers: dict[str, Any], test) -> None:
 
 def add_comparison(page: Page, reports: list[dict[str, Any]], tests: list[Any]) -> None:
     """Adds what all runs have in common: one table, and curves of each."""
-    from mnist_flax import figures
     from mnist_flax.evaluation import risk_coverage
+    from mnist_flax.reports import figures
 
     rows = [
         [
@@ -381,7 +381,7 @@ def add_comparison(page: Page, reports: list[dict[str, Any]], tests: list[Any]) 
 
 def corrupted(runs, data_dir: Path | None) -> str:
     """Returns a line on TFDS's mnist_corrupted: the runs' accuracies, where it is prepared."""
-    from mnist_flax.data import load_splits
+    from mnist_flax.datasets import load_splits
     from mnist_flax.evaluation import evaluate
 
     try:
@@ -399,8 +399,8 @@ def main(arguments):
         raise InputError("name at least one run directory; see --help")
     command_line.begin()
 
-    from mnist_flax.data import load_splits
-    from mnist_flax.results import load_run
+    from mnist_flax.datasets import load_splits
+    from mnist_flax.reports.results import load_run
     from mnist_flax.workdir import require_directory, write_json, write_text
 
     runs = [load_run(path) for path in command.runs]

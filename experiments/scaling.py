@@ -9,13 +9,10 @@ alike.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from mnist_flax import command_line, runtime
 from mnist_flax.errors import InputError
+from mnist_flax.launch import command_line, runtime
 from mnist_flax.recipes import Recipe
 from mnist_flax.workdir import require_directory
 
@@ -49,53 +46,11 @@ class Command:
             raise InputError("replicas and batches are at least 1")
 
 
-class Contender(NamedTuple):
-    """Something to time.
-
-    Attributes:
-      panel: what its size counts.
-      line: its name.
-      size: its size.
-      images: images that a run trains on, over all replicas.
-      run: trains.
-    """
-
-    panel: str
-    line: str
-    size: int
-    images: int
-    run: Callable[[], Any]
-
-
-def training(
-    recipe: Recipe, splits, *, replicas: int, devices: int, steps: int, loop: bool | None = None
-) -> Callable[[], Any]:
-    """Returns a compiled function that takes `steps` steps of `replicas` replicas, and waits."""
-    import jax
-    import jax.numpy as jnp
-
-    from mnist_flax.loop import Trainer, initial_progress
-    from mnist_flax.recipes import replica_recipes
-    from mnist_flax.replicas import make_mesh
-
-    mesh = make_mesh(devices, replicas=replicas)
-    recipes = replica_recipes(recipe, seeds=range(replicas), vary={})
-    trainer = Trainer(recipes, splits, varied=(), mesh=mesh)
-    progress = initial_progress(recipes, splits.info, steps=trainer.steps, mesh=mesh)
-    chunk = trainer.feed(progress, 1)(0, steps)
-    trainer.compile(progress, chunk, loop=loop)
-    train = trainer.train(progress)
-
-    def run():
-        states = jax.tree.map(jnp.copy, progress.states)
-        return jax.block_until_ready(train(states, progress.metrics, *chunk))
-
-    return run
-
-
-def contenders(command: Command, recipe: Recipe, splits) -> list[Contender]:
+def contenders(command: Command, recipe: Recipe, splits) -> list:
     """Returns everything to time, compiled."""
     import jax
+
+    from mnist_flax.studies.speed import Contender, training
 
     cores = len(jax.devices())
     made = []
@@ -120,19 +75,6 @@ def contenders(command: Command, recipe: Recipe, splits) -> list[Contender]:
     return made
 
 
-def time_turns(made: list[Contender], *, turns: int) -> list[list[float]]:
-    """Returns each contender's images a second, a number a turn, after one run to warm up."""
-    speeds: list[list[float]] = [[] for _ in made]
-    for contender in made:
-        contender.run()
-    for _ in range(turns):
-        for contender, measured in zip(made, speeds, strict=True):
-            began = time.perf_counter()
-            contender.run()
-            measured.append(contender.images / (time.perf_counter() - began))
-    return speeds
-
-
 def main(arguments):
     """Prints a table, writes scaling.json and scaling.png."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
@@ -142,8 +84,9 @@ def main(arguments):
 
     import numpy as np
 
-    from mnist_flax.data import load_splits
-    from mnist_flax.figures import plot_scaling, save_figure
+    from mnist_flax.datasets import load_splits
+    from mnist_flax.reports.figures import plot_scaling, save_figure
+    from mnist_flax.studies.speed import time_turns
     from mnist_flax.workdir import write_json
 
     splits = load_splits(recipe.dataset, val_size=0, data_dir=command.data_dir)

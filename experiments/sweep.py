@@ -20,8 +20,8 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import tyro
 
-from mnist_flax import command_line, runtime
 from mnist_flax.errors import DivergedError, InputError, Interrupted
+from mnist_flax.launch import command_line, runtime
 from mnist_flax.recipes import Recipe, traceable, with_fields
 from mnist_flax.workdir import holds_run, write_json
 
@@ -130,7 +130,7 @@ def points(fields: dict[str, Choice], *, draws: int, seed: int) -> list[dict[str
 
 def load(command: Command):
     """Returns the splits that the search trains and chooses on."""
-    from mnist_flax.data import load_splits
+    from mnist_flax.datasets import load_splits
 
     return load_splits(
         command.recipe.dataset,
@@ -238,9 +238,9 @@ def main(arguments):
     cores = min(runtime.share_cores(recipe.batch_size) for recipe in recipes)
     command_line.begin(cpu_devices=command.devices or cores)
 
-    import seeds  # the script beside this one
-
-    from mnist_flax.figures import plot_response, save_figure
+    from mnist_flax.reports.figures import plot_response, save_figure
+    from mnist_flax.studies.seeds import run_seeds
+    from mnist_flax.studies.statistics import describe as describe_study
 
     splits = load(command)
     interrupts = runtime.Interrupts()
@@ -251,7 +251,7 @@ def main(arguments):
         for point, row in zip(tried, accuracies, strict=True):
             print(describe(point, row, command.first_seed))
         first_fresh = command.first_seed + 1000
-        study, _ = seeds.run_seeds(
+        study, _ = run_seeds(
             recipes[best],
             seeds=range(first_fresh, first_fresh + command.fresh_seeds),
             data_dir=command.data_dir,
@@ -263,7 +263,7 @@ def main(arguments):
         )
     except Interrupted as end:
         return interrupts.stop(end)
-    print(seeds.describe("winner", study))
+    print(describe_study("winner", study))
     summary = {
         "points": tried,
         "val_accuracies": [[a if math.isfinite(a) else None for a in row] for row in accuracies],

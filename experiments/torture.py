@@ -22,13 +22,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnist_flax import checkpoint, command_line
-from mnist_flax.data import load_splits
+from mnist_flax import checkpoint
+from mnist_flax.datasets import load_splits
 from mnist_flax.errors import InputError
+from mnist_flax.launch import command_line
 from mnist_flax.loop import initial_progress
 from mnist_flax.recipes import from_dict
 from mnist_flax.replicas import make_mesh
-from mnist_flax.results import RESULT_FILE
+from mnist_flax.reports.results import RESULT_FILE
 from mnist_flax.workdir import METRICS_FILE, RECIPE_FILE
 
 TRAIN = Path(__file__).parent / "train.py"

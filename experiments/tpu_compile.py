@@ -17,8 +17,8 @@ import os
 import time
 from typing import Any
 
-from mnist_flax import command_line
 from mnist_flax.errors import InputError
+from mnist_flax.launch import command_line
 from mnist_flax.recipes import RECIPES
 
 CHIPS = 4
@@ -111,7 +111,7 @@ def main(arguments) -> None:
         raise InputError(f"chips must be from 1 to the {len(devices)} of {command.topology}")
     import jax
 
-    from mnist_flax.data import load_splits
+    from mnist_flax.datasets import load_splits
 
     info = load_splits("mnist").info
     print(f"jax {jax.__version__}, {devices[0].device_kind}, {command.topology}")

@@ -14,8 +14,9 @@ from typing import Annotated
 
 import tyro
 
-from mnist_flax import command_line, hosts, runtime
+from mnist_flax import hosts
 from mnist_flax.errors import InputError, Interrupted
+from mnist_flax.launch import command_line, runtime
 from mnist_flax.recipes import Recipe
 
 
@@ -121,10 +122,10 @@ def resume_command(command: Command, workdir: Path) -> str:
 
 def train(command: Command, name: str, began: float) -> int:
     """Trains, evaluates on the test split once, writes the results."""
-    from mnist_flax.data import load_splits
+    from mnist_flax.datasets import load_splits
     from mnist_flax.evaluation import evaluate
     from mnist_flax.loop import fit
-    from mnist_flax.results import write_results
+    from mnist_flax.reports.results import write_results
 
     recipe = command.recipe
     workdir = command.workdir or new_workdir(name, recipe.seed)

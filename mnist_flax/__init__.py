@@ -1,7 +1,8 @@
 """Train and study handwritten-digit classifiers in JAX and Flax."""
 
 from mnist_flax.augment import random_affine
-from mnist_flax.data import Examples, Splits, load_splits
+from mnist_flax.data import Examples, Splits
+from mnist_flax.datasets import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluation import Evaluation, evaluate, evaluate_replicas, predict
 from mnist_flax.loop import epochs, fit

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mnist_flax.data import Examples, Records, stream_batches
+from mnist_flax.data import Examples, Records, take
+from mnist_flax.errors import InputError
 from mnist_flax.replicas import by_batch, place
+
+if TYPE_CHECKING:
+    import grain
 
 STREAM_STEPS = 8  # steps' worth of streamed examples that are on the devices at a time
 
@@ -75,3 +80,41 @@ def streamed_feed(records: Records, indices_RSB: jax.Array, *, start: int, mesh:
         return Chunk(Examples(images, put("labels", read, (), np.int32)), None, 0, count)
 
     return feed
+
+
+def stream_batches(
+    examples: Examples | Records,
+    indices_SB: np.ndarray | jax.Array,
+    *,
+    start: int = 0,
+    num_threads: int = 1,
+    prefetch: int = 8,
+) -> grain.DatasetIterator[Examples]:
+    """Reads the batches of an epoch ahead of their use, in threads, with Grain.
+
+    Batch s equals `take(examples, indices_SB[s])` bit for bit. The iterator's `get_state` and
+    `set_state` save and restore its position, counted from `start`.
+
+    Args:
+      examples: What to read from.
+      indices_SB: An epoch, from `epoch_order`.
+      start: The first batch to read, to resume within an epoch.
+      num_threads: How many batches to read at a time; 0 reads in the caller's thread. Decoding
+        holds Python's lock, so more than one pays only where storage is slow.
+      prefetch: How many batches to hold ready.
+
+    Returns:
+      An iterator over the batches `start` to S - 1.
+
+    Raises:
+      InputError: `start` is not from 0 to S.
+    """
+    import grain
+
+    indices_SB = np.asarray(indices_SB)
+    if not 0 <= start <= len(indices_SB):
+        raise InputError(f"start must be from 0 to the {len(indices_SB)} batches, got {start}")
+    rows: Any = indices_SB[start:]
+    batches = grain.MapDataset.source(rows).map(functools.partial(take, examples))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return iter(batches.to_iter_dataset(options))

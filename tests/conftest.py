@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from mnist_flax.data import Examples, Splits, load_splits
+from mnist_flax.data import Examples, Splits
+from mnist_flax.datasets import load_splits
 from mnist_flax.loop import fit
 from mnist_flax.model import CNNConfig
 from mnist_flax.recipes import (

@@ -19,7 +19,8 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnist_flax.archives import (
+from mnist_flax.datasets import load_splits
+from mnist_flax.datasets.archives import (
     BUNDLED,
     BUNDLED_SHA256,
     CLASS_NAMES,
@@ -33,7 +34,6 @@ from mnist_flax.archives import (
     read_examples,
     read_idx,
 )
-from mnist_flax.data import load_splits
 from mnist_flax.errors import InputError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -282,7 +282,7 @@ def test_preparing_shows_one_progress_bar(tmp_path):
     archives = write_subset(tmp_path / "a", num_train=300, num_test=20)
     code = """
 import sys
-from mnist_flax.data import load_splits
+from mnist_flax.datasets import load_splits
 load_splits("mnist", val_size=10, data_dir=sys.argv[1], archives=sys.argv[2], stream=True)
 """
     arguments = [sys.executable, "-c", code, str(tmp_path / "data"), str(archives)]

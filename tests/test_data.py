@@ -22,13 +22,8 @@ from PIL import Image
 from sklearn import datasets
 from test_archives import raw_bytes, refusal, write_subset
 
-from mnist_flax.data import (
-    Examples,
-    epoch_order,
-    eval_batches,
-    load_splits,
-    split_indices,
-)
+from mnist_flax.data import Examples, epoch_order, eval_batches, split_indices
+from mnist_flax.datasets import load_splits
 
 TESTS = str(Path(__file__).parent)
 
@@ -37,7 +32,7 @@ TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 STREAM = """
 import sys
-from mnist_flax.data import load_splits
+from mnist_flax.datasets import load_splits
 splits = load_splits("mnist", val_size=10, data_dir=sys.argv[1], archives=sys.argv[2], stream=True)
 print(splits.info.fingerprint)
 """
@@ -137,7 +132,7 @@ class TestMnist:
         code = """
 import sys, time
 from pathlib import Path
-from mnist_flax.data import load_splits
+from mnist_flax.datasets import load_splits
 start = time.perf_counter()
 splits = load_splits("mnist", val_size=5000, data_dir=sys.argv[1])
 seconds = time.perf_counter() - start
@@ -304,7 +299,7 @@ class TestCache:
     def test_later_loads_import_no_tfds(self, digits, digits_dir):
         code = """
 import sys
-from mnist_flax.data import load_splits
+from mnist_flax.datasets import load_splits
 splits = load_splits("digits", val_size=100, data_dir=sys.argv[1])
 print(splits.info.fingerprint, {"tensorflow_datasets", "array_record"} & set(sys.modules))
 """
@@ -386,7 +381,7 @@ print(batch.images.shape, sorted(late & set(sys.modules)))
         code = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-from mnist_flax.data import load_splits
+from mnist_flax.datasets import load_splits
 try:
     load_splits("mnist", val_size=10, data_dir=sys.argv[1], archives=sys.argv[2], stream=True)
 except ValueError as error:
@@ -405,7 +400,7 @@ except ValueError as error:
         code = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-from mnist_flax.data import load_splits
+from mnist_flax.datasets import load_splits
 try:
     load_splits("digits", val_size=10, data_dir=sys.argv[1])
 except ValueError as error:

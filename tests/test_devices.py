@@ -18,7 +18,8 @@ jax.config.update("jax_num_cpu_devices", many)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 import numpy as np
 from pathlib import Path
-from mnist_flax.data import Examples, load_splits
+from mnist_flax.data import Examples
+from mnist_flax.datasets import load_splits
 from mnist_flax.errors import Interrupted
 from mnist_flax.evaluation import evaluate
 from mnist_flax.loop import epochs, fit
@@ -173,7 +174,7 @@ import dataclasses, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
-from mnist_flax.data import load_splits
+from mnist_flax.datasets import load_splits
 from mnist_flax.loop import Trainer, initial_progress
 from mnist_flax.recipes import RECIPES
 from mnist_flax.replicas import make_mesh

@@ -11,11 +11,11 @@ from conftest import ALL
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from scipy import ndimage
 
-from mnist_flax import digits
 from mnist_flax.errors import InputError
 from mnist_flax.evaluation import predict
 from mnist_flax.loop import fit
 from mnist_flax.recipes import RECIPES, AffineConfig
+from mnist_flax.reports import digits
 
 
 @pytest.fixture(scope="module")

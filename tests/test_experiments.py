@@ -40,11 +40,12 @@ from scipy import stats
 from test_archives import write_subset
 from test_study import PLAIN, SEEDS, STOPPING
 
-from mnist_flax import command_line, robustness
-from mnist_flax.archives import MNIST_FINGERPRINT, disputed_test_labels
-from mnist_flax.data import load_splits, take
+from mnist_flax.data import take
+from mnist_flax.datasets import load_splits
+from mnist_flax.datasets.archives import MNIST_FINGERPRINT, disputed_test_labels
 from mnist_flax.errors import DivergedError, InputError
 from mnist_flax.evaluation import Evaluation, evaluate, fit_temperature
+from mnist_flax.launch import command_line
 from mnist_flax.loop import fit, never
 from mnist_flax.model import CNN, CNNConfig, Columns, space_to_depth
 from mnist_flax.progress import FitResult
@@ -57,8 +58,11 @@ from mnist_flax.recipes import (
     from_dict,
     to_dict,
 )
-from mnist_flax.results import load_run, write_results
+from mnist_flax.reports.results import load_run, write_results
 from mnist_flax.steps import create_state
+from mnist_flax.studies import robustness
+from mnist_flax.studies.seeds import over_views, summarize
+from mnist_flax.studies.statistics import compare, describe, estimate, spread, survivors
 from mnist_flax.workdir import claim, write_json
 
 ROOT = Path(__file__).parents[1]
@@ -461,14 +465,14 @@ def test_views_are_averaged_for_each_member_apart():
         [certain(0.3, 0.1), certain(0.4, 0.9), certain(0.4, 0.8)],
     ]
     expected = [[0.6, 0.1], [0.3, 0.55], [0.4, 0.7]]
-    found = [replica.probabilities_NK[:, 1] for replica in seeds.over_views(seen)]
+    found = [replica.probabilities_NK[:, 1] for replica in over_views(seen)]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_recipes_are_compared_seed_by_seed():
     """Differences of 0.1, 0.2 and 0.3: t is 0.2 / (0.1 / sqrt 3), with two degrees of freedom."""
     theirs = np.array([0.4, 0.4, 0.5, 0.1, np.nan])
-    found = seeds.compare(np.array([0.5, 0.6, 0.8, np.nan, 0.9]), theirs)
+    found = compare(np.array([0.5, 0.6, 0.8, np.nan, 0.9]), theirs)
     assert (found["pairs"], found["difference"]) == (3, pytest.approx(0.2))
     assert found["p_value"] == pytest.approx(2 * stats.t.sf(2 * 3**0.5, 2))
 
@@ -587,24 +591,24 @@ def test_a_seed_that_diverges_is_named_and_the_mean_is_the_others(small, splits,
         vary={"optimizer.learning_rate": [0.05, 1e30, 0.05, 0.05]},
         progress=False,
     )
-    assert seeds.survivors(result.diverged) == [0, 2, 3]
+    assert survivors(result.diverged) == [0, 2, 3]
     tests = [evaluate(result.replica(i).state, head(splits.test, 500)) for i in (0, 2, 3)]
-    study = seeds.summarize(result, seeds=range(10, 14), tests=[tests[0], tests[0], *tests[1:]])
+    study = summarize(result, seeds=range(10, 14), tests=[tests[0], tests[0], *tests[1:]])
     assert study["diverged"] == [11]
     assert study["mean"] == pytest.approx(np.mean([test.accuracy for test in tests]))
     assert study["deviation"] == pytest.approx(np.std([t.accuracy for t in tests], ddof=1))
     assert study["replicas"][1] == {"seed": 11, "diverged": result.diverged[1]}
     assert [replica["seed"] for replica in study["replicas"]] == [10, 11, 12, 13]
     seconds = {"fit_seconds": 1.0, "train_seconds_mean": 0.1}
-    assert "3 seeds (1 more diverged: 11); " in seeds.describe("name", study | seconds)
+    assert "3 seeds (1 more diverged: 11); " in describe("name", study | seconds)
 
 
 def test_where_one_seed_is_left_there_is_no_spread():
-    found = seeds.statistics(np.array([0.5]))
+    found = estimate(np.array([0.5]))
     assert found == {"mean": 0.5, "deviation": None, "interval": None}
-    assert seeds.spread(found) == ["50.000%", "-", "-"]
+    assert spread(found) == ["50.000%", "-", "-"]
     with pytest.raises(DivergedError, match="all 2 networks diverged; the first: too fast"):
-        seeds.survivors(["too fast", "too far"])
+        survivors(["too fast", "too far"])
 
 
 def test_a_sweep_chooses_among_points_of_which_the_fewest_seeds_diverged():

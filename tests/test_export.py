@@ -12,11 +12,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from mnist_flax import export
 from mnist_flax.evaluation import predict
 from mnist_flax.loop import initial_state
 from mnist_flax.recipes import RECIPES
 from mnist_flax.replicas import make_mesh
+from mnist_flax.reports import export
 
 ALONE = """
 import sys

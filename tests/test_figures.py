@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from mnist_flax import figures
+from mnist_flax.reports import figures
 
 DIGITS = tuple("0123456789")
 GARMENTS = (

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
 from mnist_flax.errors import InputError
-from mnist_flax.folds import fold_indices
+from mnist_flax.studies.folds import fold_indices
 
 LABELS = arrays(np.int32, st.integers(20, 80), elements=st.integers(0, 3))
 

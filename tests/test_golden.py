@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import head
 
-from mnist_flax.data import load_splits
+from mnist_flax.datasets import load_splits
 from mnist_flax.errors import Interrupted
 from mnist_flax.evaluation import predict
 from mnist_flax.loop import fit
@@ -31,7 +31,7 @@ from mnist_flax.recipes import (
     StoppingConfig,
     from_dict,
 )
-from mnist_flax.results import load_run
+from mnist_flax.reports.results import load_run
 
 GOLDEN = Path(__file__).with_name("golden")
 # Of all that a state can hold, a little: Muon, Adam, momentum, plateau, Dropout, statistics.

@@ -2,8 +2,10 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import hypothesis.strategies as st
 import jax
@@ -565,6 +567,32 @@ def test_on_accelerators_the_network_is_that_of_plain_lax(own):
     args = normal(8, 9, 9, 5), normal(3, 3, 5), normal(5, 4)
     actual = own.separable_conv(*args, padding="SAME")
     close(actual, lax_separable_conv(*args, "SAME"))
+
+
+WITHOUT_KERNELS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import dataclasses
+import mnist_flax
+from mnist_flax import ops
+assert mnist_flax.__file__.startswith(sys.argv[1])
+assert mnist_flax.for_platform("cpu") == ops.REFERENCE
+splits = mnist_flax.load_splits("mnist", val_size=100)
+splits = dataclasses.replace(splits, train=splits.train[:640])
+model = mnist_flax.CNNConfig(widths=(4, 8), padding=("SAME", "VALID"), pool=(True, True), hidden=())
+recipe = mnist_flax.Recipe(val_size=100, epochs=2, batch_size=64, model=model)
+(first, last) = mnist_flax.fit(recipe, splits, progress=False).history
+assert last["train_loss"] < first["train_loss"]
+"""
+
+
+def test_a_package_without_kernels_trains(tmp_path):
+    package = Path(kernels.__file__).parents[1]
+    hidden = shutil.ignore_patterns("kernels", "__pycache__")
+    shutil.copytree(package, tmp_path / "mnist_flax", ignore=hidden)
+    words = [sys.executable, "-c", WITHOUT_KERNELS, str(tmp_path)]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
 
 
 def test_on_a_gpu_no_gradient_is_scattered():

@@ -16,7 +16,7 @@ from flax import nnx
 from tensorboardX.proto import event_pb2
 
 from mnist_flax.compat import as_pure
-from mnist_flax.data import load_splits
+from mnist_flax.datasets import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluation import _logits, evaluate, predict
 from mnist_flax.loop import epochs, fit, initial_state
@@ -31,7 +31,7 @@ from mnist_flax.recipes import (
     recipe_views,
 )
 from mnist_flax.replicas import make_mesh
-from mnist_flax.results import digest, load_run, write_results
+from mnist_flax.reports.results import digest, load_run, write_results
 from mnist_flax.steps import Purpose, draw_key, eval_logits, prepared, to_float, to_model
 
 

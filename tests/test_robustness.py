@@ -7,11 +7,11 @@ from conftest import head
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
-from mnist_flax import robustness
 from mnist_flax.data import Examples
 from mnist_flax.errors import InputError
 from mnist_flax.evaluation import predict
 from mnist_flax.steps import to_float
+from mnist_flax.studies import robustness
 
 
 @pytest.fixture(scope="module")

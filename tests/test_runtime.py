@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from mnist_flax import runtime
+from mnist_flax.launch import runtime
 
 SCRIPT = """
 import jax
-from mnist_flax import runtime
+from mnist_flax.launch import runtime
 runtime.configure()
 print(jax.jit(lambda x: 2 * x)(21))
 """

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from test_archives import refusal, write_subset
 
-from mnist_flax.data import Records, epoch_order, load_splits, stream_batches, take
+from mnist_flax.data import Records, epoch_order, take
+from mnist_flax.datasets import load_splits
+from mnist_flax.feed import stream_batches
 
 BATCH_SIZE = 128
 

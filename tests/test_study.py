@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import seeds
 from conftest import ALL, MODEL, RECIPE, TINY, head
 from test_loop import after, bits, timeless
 
-from mnist_flax.data import load_splits
+from mnist_flax.datasets import load_splits
 from mnist_flax.errors import CheckpointError, DivergedError, InputError, Interrupted
 from mnist_flax.evaluation import evaluate, evaluate_replicas
 from mnist_flax.loop import Trainer, fit, initial_progress
@@ -28,6 +27,7 @@ from mnist_flax.recipes import (
     with_fields,
 )
 from mnist_flax.replicas import make_mesh
+from mnist_flax.studies.seeds import see
 
 # Without augmentation, whose last bit XLA rounds otherwise in a loop within a loop.
 PLAIN = dataclasses.replace(RECIPE, augment=AffineConfig(), model=MODEL)
@@ -177,8 +177,8 @@ def test_views_end_between_two_of_them_when_interrupted(study, splits):
     states, views = study[0].states, recipe_views(RECIPE, count=3)
     options = dict(views=views, mesh=make_mesh(replicas=3))
     with pytest.raises(Interrupted):
-        seeds.see(states, head(splits.test, 100), should_stop=after(3), **options)
-    seen = seeds.see(states, head(splits.test, 100), should_stop=after(4), **options)
+        see(states, head(splits.test, 100), should_stop=after(3), **options)
+    seen = see(states, head(splits.test, 100), should_stop=after(4), **options)
     assert [[replica.total for replica in view] for view in seen] == [[100] * 3] * 3
 
 

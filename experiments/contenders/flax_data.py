@@ -14,8 +14,10 @@ import jax
 import numpy as np
 from worker import serve
 
-from mnist_flax import random_affine, runtime
-from mnist_flax.data import load_splits, stream_batches
+from mnist_flax import random_affine
+from mnist_flax.datasets import load_splits
+from mnist_flax.feed import stream_batches
+from mnist_flax.launch import runtime
 from mnist_flax.recipes import SEED
 
 AFFINE = functools.partial(

@@ -17,8 +17,8 @@ import optax
 from flax import nnx
 from worker import serve
 
-from mnist_flax import runtime
 from mnist_flax.data import DatasetInfo, Examples, Splits
+from mnist_flax.launch import runtime
 from mnist_flax.loop import Trainer, initial_progress
 from mnist_flax.recipes import SEED, AffineConfig
 from mnist_flax.replicas import make_mesh

@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 import tyro
 
-from mnist_flax import hosts, runtime
+from mnist_flax import hosts
 from mnist_flax.errors import DivergedError, InputError
+from mnist_flax.launch import runtime
 from mnist_flax.recipes import RECIPES, Recipe, from_dict
 from mnist_flax.workdir import RECIPE_FILE, local_path
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnist_flax import checkpoint, figures
+from mnist_flax import checkpoint
 from mnist_flax.data import DatasetInfo, Examples
 from mnist_flax.errors import InputError
 from mnist_flax.evaluation import Evaluation
@@ -21,6 +21,7 @@ from mnist_flax.loop import initial_progress
 from mnist_flax.progress import FitResult, Progress
 from mnist_flax.recipes import Recipe, from_dict, to_dict
 from mnist_flax.replicas import make_mesh, replica
+from mnist_flax.reports import figures
 from mnist_flax.steps import TrainState
 from mnist_flax.workdir import RECIPE_FILE, read_json, write_json
 

@@ -1,0 +1,1 @@
+"""How the scripts start: the command line, and the process that JAX runs in."""
