@@ -100,7 +100,7 @@ def main(arguments):
     from mnist_flax.replicas import make_mesh
     from mnist_flax.studies.folds import fold_indices
 
-    mesh = make_mesh(command.devices)
+    mesh = make_mesh(devices=command.devices)
     splits = load_splits(
         recipe.dataset, val_size=0, data_dir=command.data_dir, archives=command.archives
     )

@@ -93,7 +93,7 @@ def single(recipe: Recipe, splits, *, seeds: range, late: Callable[[], bool]) ->
     seconds, rates, accuracies = [], [], []
     for seed in seeds:
         seeded = dataclasses.replace(recipe, seed=seed)
-        result = fit(seeded, splits, mesh=make_mesh(1), progress=False, should_stop=late)
+        result = fit(seeded, splits, mesh=make_mesh(devices=1), progress=False, should_stop=late)
         seconds.append(sum(row["train_seconds"] for row in result.history))
         rates.append(images(recipe, splits, epochs=len(result.history)) / seconds[-1])
         accuracies.append(evaluate(result.state, splits.test).accuracy)

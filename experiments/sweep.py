@@ -174,7 +174,7 @@ def search(
             splits,
             seeds=[command.first_seed + seed for _, seed in here],
             vary={name: [tried[row][name] for row, _ in here] for name in together},
-            mesh=make_mesh(command.devices, replicas=len(here)),
+            mesh=make_mesh(devices=command.devices, replicas=len(here)),
             workdir=directory,
             resume=command.resume and holds_run(directory),
             should_stop=should_stop,

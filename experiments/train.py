@@ -101,7 +101,7 @@ def choose_mesh(command: Command):
     from mnist_flax.replicas import make_mesh
 
     if not command.distributed:
-        return make_mesh(command.devices)
+        return make_mesh(devices=command.devices)
     if command.devices not in (None, jax.local_device_count()):
         raise InputError(
             f"devices is {command.devices}, but this process has {jax.local_device_count()}"

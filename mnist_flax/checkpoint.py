@@ -17,11 +17,10 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from mnist_flax import hosts
 from mnist_flax.data import DatasetInfo
@@ -37,6 +36,9 @@ from mnist_flax.workdir import (
     read_json,
     require_no_checkpoint_lost,
 )
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 CHECKPOINT_DIR = "checkpoints"
 ITEM = "progress"
@@ -117,6 +119,8 @@ def open_checkpoints(workdir: Path) -> Iterator[ocp.CheckpointManager]:
     Raises:
       CheckpointError: on leaving, if what was saved last could not be written.
     """
+    import orbax.checkpoint as ocp  # not before a run begins: it takes a second
+
     manager = ocp.CheckpointManager(
         (workdir / CHECKPOINT_DIR).absolute(),
         options=ocp.CheckpointManagerOptions(max_to_keep=KEEP_LATEST),
@@ -201,6 +205,8 @@ def write(
     Raises:
       CheckpointError: it, or the one before it, could not be written.
     """
+    import orbax.checkpoint as ocp
+
     about = {"format": FORMAT, "versions": versions(), "tree": describe(arrays)}
     text = json.dumps(about | run | record)
     item = {"arrays": arrays, "run": text, "digest": _digest(arrays, text)}
@@ -429,6 +435,7 @@ def _restore(directory: Path, like: dict[str, Any], where: str) -> dict[str, Any
       DamagedError: a file is missing or its contents are not what was written.
       CheckpointError: it cannot be read.
     """
+    import orbax.checkpoint as ocp
 
     def how(leaf):
         return ocp.RestoreArgs(restore_type=str if isinstance(leaf, str) else np.ndarray)

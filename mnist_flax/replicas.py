@@ -26,7 +26,7 @@ BATCH_AXIS = "data"
 T = TypeVar("T")
 
 
-def make_mesh(devices: int | None = None, *, replicas: int = 1) -> Mesh:
+def make_mesh(*, devices: int | None = None, replicas: int = 1) -> Mesh:
     """Returns a mesh of the axes "replica" and "data".
 
     As many devices as divide both the replicas and the devices work on replicas of their own; what

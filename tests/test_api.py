@@ -53,3 +53,18 @@ def test_the_readmes_example(data_dir):
     found = re.fullmatch(r"loss [0-9.]+, validation accuracy ([0-9.]+)%\n", run.stdout)
     assert found is not None
     assert float(found[1]) > 80
+
+
+def test_to_import_the_package_is_light():
+    heavy = [
+        "orbax",
+        "tensorflow_datasets",
+        "matplotlib",
+        "tensorboardX",
+        "grain",
+        "scipy.optimize",
+    ]
+    code = f"import sys, mnist_flax; print([name for name in {heavy} if name in sys.modules])"
+    words = [sys.executable, "-c", code]
+    run = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout == "[]\n"

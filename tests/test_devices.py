@@ -48,7 +48,7 @@ def host(state):
     return jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state))
 
 plain = dataclasses.replace(recipe, augment=AffineConfig())
-runs = {n: list(epochs(plain, splits, mesh=make_mesh(n))) for n in (1, many)}
+runs = {n: list(epochs(plain, splits, mesh=make_mesh(devices=n))) for n in (1, many)}
 
 def assert_as_on_one(state, *, devices):
     assert len(state.step.sharding.device_set) == devices
@@ -61,8 +61,8 @@ def assert_as_on_one(state, *, devices):
 assert_as_on_one(runs[many][-1].state, devices=many)
 
 # A state of one device goes on on many, which share the images of an evaluation.
-start = next(epochs(plain, splits, mesh=make_mesh(1))).state
-on_many = list(epochs(plain, splits, start=start, mesh=make_mesh(many)))
+start = next(epochs(plain, splits, mesh=make_mesh(devices=1))).state
+on_many = list(epochs(plain, splits, start=start, mesh=make_mesh(devices=many)))
 assert_as_on_one(on_many[-1].state, devices=many)
 test = Examples(splits.test.images[:999], splits.test.labels[:999])
 logits = [evaluate(run[-1].state, test).logits_NK for run in runs.values()]
@@ -74,7 +74,7 @@ augment = make_augment(recipe)
 images = np.asarray(train.images[:64] / np.float32(255))
 augmented = {}
 for n in (1, many):
-    mesh = make_mesh(n)
+    mesh = make_mesh(devices=n)
     by_batch = NamedSharding(mesh, PartitionSpec("data"))
     with jax.set_mesh(mesh):
         key = jax.device_put(jax.random.key(3), NamedSharding(mesh, PartitionSpec()))
@@ -82,7 +82,7 @@ for n in (1, many):
         augmented[n] = np.asarray(jax.jit(augment, out_shardings=by_batch)(key, shared))
 np.testing.assert_array_equal(augmented[1], augmented[many])
 beside = dataclasses.replace(recipe, columns=(recipe.model,)) if many == 8 else recipe
-with_augmentation = {n: next(epochs(beside, splits, mesh=make_mesh(n))) for n in (1, many)}
+with_augmentation = {n: next(epochs(beside, splits, mesh=make_mesh(devices=n))) for n in (1, many)}
 losses = [result.row["train_loss"] for result in with_augmentation.values()]
 np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
 
@@ -90,21 +90,22 @@ np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
 calls = iter(range(10**9))
 workdir = Path(sys.argv[2])
 try:
-    fit(plain, splits, workdir=workdir, mesh=make_mesh(many), progress=False,
+    fit(plain, splits, workdir=workdir, mesh=make_mesh(devices=many), progress=False,
         should_stop=lambda: next(calls) >= 3)
 except Interrupted as stop:
     assert 0 < stop.step < 50
     half = dict(start=stop.progress)
 else:
     raise AssertionError("it was not interrupted")
-result = fit(plain, splits, workdir=workdir, mesh=make_mesh(fewer), resume=True, progress=False)
+fewer_mesh = make_mesh(devices=fewer)
+result = fit(plain, splits, workdir=workdir, mesh=fewer_mesh, resume=True, progress=False)
 assert result.best_epoch == 2  # so this is the last state
 assert_as_on_one(result.state, devices=fewer)
 np.testing.assert_allclose(
     result.history[-1]["val_loss"], runs[1][-1].row["val_loss"], rtol=1e-4
 )
 # So does a state within an epoch.
-rest = list(epochs(plain, splits, mesh=make_mesh(fewer), **half))
+rest = list(epochs(plain, splits, mesh=make_mesh(devices=fewer), **half))
 losses = [row["train_loss"] for row in result.history]
 assert [row["train_loss"] for row in rest[-1].history] == losses
 print("agreed")
@@ -122,7 +123,7 @@ model = dataclasses.replace(recipe.model, conv_bias=False)
 optimizer = OptimizerConfig("sgd", learning_rate=0.01)
 plain = dataclasses.replace(recipe, augment=AffineConfig(), model=model, optimizer=optimizer)
 replicas = many // 2
-meshes = {n: make_mesh(n, replicas=replicas) for n in (1, fewer, many)}
+meshes = {n: make_mesh(devices=n, replicas=replicas) for n in (1, fewer, many)}
 assert dict(meshes[many].shape) == {"replica": replicas, "data": 2}
 assert dict(meshes[fewer].shape) == {"replica": fewer, "data": 1}
 vary = {"label_smoothing": [0.1 * (2 * i >= replicas) for i in range(replicas)]}
@@ -181,7 +182,7 @@ from mnist_flax.replicas import make_mesh
 
 STEPS = 40
 splits = load_splits("mnist", val_size=5000, seed=0, data_dir=sys.argv[1])
-mesh = make_mesh(2)
+mesh = make_mesh(devices=2)
 
 def parameters(recipe, stride):
     trainer = Trainer([recipe], splits, varied=(), mesh=mesh)

@@ -44,7 +44,7 @@ def state(request, splits):
     """A network with statistics that are not those it began with."""
     small = dataclasses.replace(RECIPES["quick"], columns=(RECIPES["tiny700"].model,))
     recipe = small if request.param == "columns" else RECIPES[request.param]
-    state = initial_state(recipe, splits.info, steps=1, mesh=make_mesh(1))
+    state = initial_state(recipe, splits.info, steps=1, mesh=make_mesh(devices=1))
     rng = np.random.default_rng(0)
     statistics = jax.tree.map(
         lambda a: a + rng.uniform(0, 0.5, a.shape).astype(a.dtype), state.batch_stats
@@ -96,7 +96,9 @@ def test_a_network_of_bfloat16_becomes_one_of_float32(splits, images):
     half = dataclasses.replace(
         recipe, model=dataclasses.replace(recipe.model, precision="bfloat16")
     )
-    states = [initial_state(r, splits.info, steps=1, mesh=make_mesh(1)) for r in (half, recipe)]
+    states = [
+        initial_state(r, splits.info, steps=1, mesh=make_mesh(devices=1)) for r in (half, recipe)
+    ]
     logging.disable(logging.DEBUG)
     try:
         with jax.numpy_rank_promotion("allow"):  # in the converter

@@ -98,12 +98,20 @@ def test_a_run_is_refused(spoil, found, tmp_path):
     assert not (tmp_path / "run").exists()
     if len(val := spoil(SPLITS.val)) == RECIPE.val_size:
         splits = dataclasses.replace(SPLITS, val=val)
-        assert refused(found, check_fits, RECIPE, splits, mesh=make_mesh(1)).startswith("val: ")
+        assert refused(found, check_fits, RECIPE, splits, mesh=make_mesh(devices=1)).startswith(
+            "val: "
+        )
 
 
 def test_a_run_needs_its_validation_examples():
     splits = dataclasses.replace(SPLITS, val=SPLITS.val[:0])
-    refused("val_size is 12, but the splits hold 0", check_fits, RECIPE, splits, mesh=make_mesh(1))
+    refused(
+        "val_size is 12, but the splits hold 0",
+        check_fits,
+        RECIPE,
+        splits,
+        mesh=make_mesh(devices=1),
+    )
 
 
 @wrong

@@ -347,7 +347,7 @@ def test_bad_input_is_refused_before_anything_is_written(small, whole, tmp_path)
     refuse(r"label_smoothing: 0.0 -> 0.2; seed: 0 -> 3", other, workdir=whole[1], resume=True)
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match="devices is 99"):
-        make_mesh(99)
+        make_mesh(devices=99)
 
 
 def test_the_two_latest_checkpoints_are_kept(whole):

@@ -212,13 +212,13 @@ def test_bad_input_is_refused_before_anything_is_written(small, study, tmp_path)
     refuse("fingerprint: ", splits=other, seeds=SEEDS, workdir=study[1], resume=True)
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match="devices is 99"):
-        make_mesh(99, replicas=2)
+        make_mesh(devices=99, replicas=2)
 
 
 @pytest.mark.slow
 def test_vmapped_replicas_are_those_one_after_another(small):
     """The form of a GPU, on the CPU: five steps of two replicas; the third takes none."""
-    mesh = make_mesh(1, replicas=3)
+    mesh = make_mesh(devices=1, replicas=3)
     recipes = replica_recipes(PLAIN, seeds=SEEDS, vary={})
     trainer = Trainer(recipes, small, varied=(), mesh=mesh)
     fresh = initial_progress(recipes, small.info, steps=24, mesh=mesh)

@@ -184,7 +184,7 @@ def load_run(workdir: str | Path) -> Run:
 
     @functools.cache
     def like(info: DatasetInfo) -> Progress:
-        return initial_progress([recipe], info, steps=1, mesh=make_mesh(1))
+        return initial_progress([recipe], info, steps=1, mesh=make_mesh(devices=1))
 
     def expect(record: dict[str, Any]) -> Any:
         info = DatasetInfo.from_dict(record["dataset"])

@@ -65,7 +65,7 @@ def run_seeds(
         data_dir=data_dir,
         archives=archives,
     )
-    mesh = make_mesh(devices, replicas=len(seeds))
+    mesh = make_mesh(devices=devices, replicas=len(seeds))
     began = time.perf_counter()
     result = fit(
         recipe,

@@ -34,7 +34,7 @@ def training(
     recipe: Recipe, splits, *, replicas: int, devices: int, steps: int, loop: bool | None = None
 ) -> Callable[[], Any]:
     """Returns a compiled function that takes `steps` steps of `replicas` replicas, and waits."""
-    mesh = make_mesh(devices, replicas=replicas)
+    mesh = make_mesh(devices=devices, replicas=replicas)
     recipes = replica_recipes(recipe, seeds=range(replicas), vary={})
     trainer = Trainer(recipes, splits, varied=(), mesh=mesh)
     progress = initial_progress(recipes, splits.info, steps=trainer.steps, mesh=mesh)
