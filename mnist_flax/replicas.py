@@ -141,14 +141,22 @@ def over_replicas(
     return on_all_devices
 
 
-@jax.jit
-def _expand(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda a: a[None], state)
+@functools.lru_cache(maxsize=16)
+def _expanded(mesh: Mesh) -> Callable[[TrainState], TrainState]:
+    def expand(state):
+        return jax.tree.map(lambda a: a[None], state)
+
+    return jax.jit(expand, out_shardings=by_replica(mesh))
 
 
 def stack(state: TrainState, *, mesh: Mesh) -> TrainState:
-    """Returns one replica's state as those of all, [1, ...], on the mesh."""
-    return jax.device_put(_expand(state), by_replica(mesh))
+    """Returns one replica's state as those of all, [1, ...], on the mesh.
+
+    In several processes the state must be on the mesh's devices already.
+    """
+    if jax.process_count() == 1:
+        state = jax.device_put(state, everywhere(mesh))
+    return _expanded(mesh)(state)
 
 
 @jax.jit
