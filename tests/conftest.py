@@ -58,8 +58,29 @@ def tries(number: int) -> int:
     return number if ALL else -(-number // 3)
 
 
+def first(values, *, keep: int = 1):
+    """Returns a test's parameters, of which `make test` tries the first, `make test-all` all."""
+    values = list(values)
+    return [
+        *values[:keep],
+        *(pytest.param(value, marks=pytest.mark.slow) for value in values[keep:]),
+    ]
+
+
 def head(examples, count):
     return Examples(examples.images[:count], examples.labels[:count])
+
+
+# Modules that compare the bits of programs that are compiled apart, which LLVM's first level keeps.
+OF_BITS = {"test_checkpoint", "test_evaluation", "test_experiments", "test_golden", "test_inputs"}
+OF_BITS |= {"test_loop", "test_study"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Compiles what a test runs in this process with still less care, where bits do not matter."""
+    less = not ALL and item.module.__name__ not in OF_BITS
+    jax.config.update("jax_disable_most_optimizations", less)
 
 
 @pytest.fixture(scope="session")

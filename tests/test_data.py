@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from conftest import first
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -365,8 +366,8 @@ import mnist_flax.data
 late = {"tensorflow", "tensorflow_datasets", "grain", "array_record"}
 print(sorted(late & set(sys.modules)))
 arguments = {"val_size": 10, "data_dir": sys.argv[1], "archives": sys.argv[2]}
-mnist_flax.data.load_splits("mnist", **arguments)
-splits = mnist_flax.data.load_splits("mnist", **arguments, stream=True)
+mnist_flax.load_splits("mnist", **arguments)
+splits = mnist_flax.load_splits("mnist", **arguments, stream=True)
 batch = next(mnist_flax.data.stream_batches(splits.train, [[3, 1], [2, 0]]))
 print(batch.images.shape, sorted(late & set(sys.modules)))
 """
@@ -395,6 +396,7 @@ except ValueError as error:
         assert not list(tmp_path.rglob("incomplete*"))
         assert run(STREAM, tmp_path, archives) == subset.info.fingerprint
 
+    @pytest.mark.slow
     def test_a_disk_that_takes_no_arrays_is_one_clear_line(self, tmp_path):
         digits_builder(tmp_path).download_and_prepare()
         code = """
@@ -486,7 +488,7 @@ for arguments in ({{"name": "mnist", "stream": True}}, {{"name": "kmnist"}}):
         print(error)
 """
 
-    @pytest.mark.parametrize("absent", ["tensorflow_datasets", "array_record", "grain"])
+    @pytest.mark.parametrize("absent", first(["array_record", "tensorflow_datasets", "grain"]))
     def test_mnist_loads_and_the_rest_is_one_clear_line(self, tmp_path, absent):
         code = self.BLOCKED.format(names=repr({absent}))
         fingerprint, *refused = run(code, tmp_path).splitlines()
@@ -520,6 +522,7 @@ print(sorted({{"tensorflow", "tensorflow_datasets"}} & set(sys.modules)))
         assert done.stdout.strip() == "[]", done.stderr
         assert (tmp_path / "run" / "checkpoints").is_dir()
 
+    @pytest.mark.slow
     def test_streaming_imports_no_installed_tensorflow(self, tmp_path, archives):
         package = tmp_path / "tensorflow"
         package.mkdir()

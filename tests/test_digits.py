@@ -68,17 +68,20 @@ def sample(splits):
     return images, labels
 
 
+@pytest.mark.slow
 def test_the_test_split_at_400_pixels(state, sample, tmp_path):
     images, labels = (array[: 150 if ALL else 50] for array in sample)
     assert accuracy(state, [render(image) for image in images], labels, tmp_path) >= 0.96
 
 
+@pytest.mark.slow
 def test_photographs(state, sample, tmp_path):
     images, labels = (array[: 60 if ALL else 20] for array in sample)
     pictures = [render(image, photograph=True, seed=i) for i, image in enumerate(images)]
     assert accuracy(state, pictures, labels, tmp_path, "jpg") >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", ["negative", "transparent", "deep", "turned", "small", "webp", "corner"]
 )
@@ -115,6 +118,7 @@ def test_the_same_digit_however_it_is_stored(how, state, sample, tmp_path):
     assert path_accuracy >= 0.92
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [3, 10, 40, 60])
 def test_thin_and_thick_pens(width, state, tmp_path):
     right = []
@@ -131,6 +135,7 @@ def test_thin_and_thick_pens(width, state, tmp_path):
     assert sum(right) >= 2
 
 
+@pytest.mark.slow
 def test_small_print_keeps_its_holes(state, tmp_path):
     """Where a 4 of 20 pixels was smoothed as it is, it read 2."""
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 60)
@@ -153,6 +158,7 @@ def test_it_is_placed_as_mnist_is(sample, tmp_path):
         assert np.abs(np.array(ndimage.center_of_mass(found)) - 13.5).max() < 1.1
 
 
+@pytest.mark.slow
 def test_a_line_of_digits_is_read_in_order(state, sample, tmp_path):
     images, labels = sample
     chosen = [3, 2, 1, 18, 4]

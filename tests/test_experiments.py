@@ -71,7 +71,7 @@ SMALL += ["--model.widths", "4", "8", "--model.padding", "SAME", "VALID"]
 SMALL += ["--model.pool", "True", "True", "--optimizer.learning-rate", "0.01"]
 SMALL += ["--stopping.patience", "None"]
 FEW = [*SMALL, "--val-size", "2000"]  # of `few_archives`: 100 steps an epoch
-NUM_TEST = 2000 if ALL else 500
+NUM_TRAIN, NUM_TEST = (12_000, 2000) if ALL else (4000, 500)
 
 
 def script(name, *arguments):
@@ -98,9 +98,9 @@ def train(*arguments, cwd, **places):
 
 @pytest.fixture(scope="module")
 def few_archives(tmp_path_factory):
-    """The first 12,000 training and NUM_TEST test examples of MNIST, as archives."""
+    """The first training and test examples of MNIST, as archives."""
     directory = tmp_path_factory.mktemp("few") / "own"
-    return write_subset(directory, num_train=12_000, num_test=NUM_TEST)
+    return write_subset(directory, num_train=NUM_TRAIN, num_test=NUM_TEST)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +209,7 @@ def prepare_colours(data_dir):
     Colours(data_dir=data_dir, file_format="array_record").download_and_prepare()
 
 
+@pytest.mark.slow
 def test_report_of_other_images_and_of_a_class_that_is_not_tested(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a script sets
     prepare_colours(tmp_path / "data")
@@ -257,6 +258,7 @@ def test_report_of_other_images_and_of_a_class_that_is_not_tested(tmp_path, monk
     assert f"{numbers['accuracy']:.2%}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_predict_reads_pictures_and_refuses_what_is_none(finished, splits, tmp_path):
     chosen = [int(i) for i in (splits.test.labels == 1).nonzero()[0][:1]]
     for index in chosen:
@@ -556,6 +558,7 @@ def test_folds_tests_every_training_image_once(interrupted, few_archives, tmp_pa
     assert len(set(found["accuracy"].values())) == 2
 
 
+@pytest.mark.slow
 def test_a_fold_is_not_trained_on(small):
     """Its labels are wrong, by one; whoever had trained on them would be right at times."""
     held_out = np.arange(200, 800)
@@ -582,6 +585,7 @@ def test_the_mean_of_folds_is_over_those_that_did_not_diverge():
         folds.summarize(["plain"], [None, None], sizes=[1, 1])
 
 
+@pytest.mark.slow
 def test_a_seed_that_diverges_is_named_and_the_mean_is_the_others(small, splits, data_dir):
     """The second of four: its numbers are infinite from the first step on."""
     result = fit(
@@ -823,7 +827,7 @@ def test_fuzzing_finds_nothing(target, tmp_path):
     [
         (["--recipe", "defualt"], "did you mean default"),
         pytest.param(["--dataset", "mnits"], "mnist", marks=pytest.mark.slow),
-        (["--batch-size", "70000"], "batch_size is 70000"),
+        pytest.param(["--batch-size", "70000"], "batch_size is 70000", marks=pytest.mark.slow),
         pytest.param(
             ["--resume", "--workdir", "nowhere"], "no run to resume", marks=pytest.mark.slow
         ),

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from conftest import MODEL
 
 from mnist_flax.evaluation import predict
 from mnist_flax.loop import initial_state
@@ -34,7 +35,7 @@ print("agreed")
 @pytest.fixture(
     scope="module",
     params=[
-        "default",
+        pytest.param("default", marks=pytest.mark.slow),
         pytest.param("seed", marks=pytest.mark.slow),
         pytest.param("tiny700", marks=pytest.mark.slow),
         "columns",
@@ -42,7 +43,9 @@ print("agreed")
 )
 def state(request, splits):
     """A network with statistics that are not those it began with."""
-    small = dataclasses.replace(RECIPES["quick"], columns=(RECIPES["tiny700"].model,))
+    model = dataclasses.replace(MODEL, hidden=())
+    columns = (dataclasses.replace(model, normalize=True),)
+    small = dataclasses.replace(RECIPES["quick"], model=model, columns=columns)
     recipe = small if request.param == "columns" else RECIPES[request.param]
     state = initial_state(recipe, splits.info, steps=1, mesh=make_mesh(devices=1))
     rng = np.random.default_rng(0)
@@ -89,6 +92,7 @@ def test_exported_programs_hold_no_cpu_formulation(state):
     assert "stablehlo.while" not in exported.mlir_module()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the converter's
 def test_a_network_of_bfloat16_becomes_one_of_float32(splits, images):
     """ONNX Runtime can load it; a layer's numbers of bfloat16 have 8 bits."""

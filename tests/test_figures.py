@@ -415,6 +415,7 @@ def test_a_save_that_cannot_replace_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_threads_draw_the_same_bytes(tmp_path):
     def draw(i):
         figures.save_figure(figures.plot_curves(**curves(5 + i % 2)), tmp_path / f"{i}.png")
@@ -429,7 +430,7 @@ def test_threads_draw_the_same_bytes(tmp_path):
 def test_pyplot_is_not_imported(tmp_path):
     program = (
         "import sys\n"
-        "from mnist_flax import figures\n"
+        "from mnist_flax.reports import figures\n"
         "figure = figures.plot_confusion(confusion_KK=[[2, 1], [0, 3]], class_names='01')\n"
         "figures.save_figure(figure, sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"

@@ -229,7 +229,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from mnist_flax import Examples, eval_step, ops, random_affine, train_step
+from mnist_flax import Examples, eval_step, kernels, ops, random_affine, train_step
 from test_model import tiny_state
 
 rng = np.random.default_rng(0)
@@ -259,7 +259,8 @@ def check(own, type_, *, context):
         assert not re.search(rf" {name}(?:-start)?\\(", run.as_text()), (own, type_, name)
 
 own, type_, context = sys.argv[1:]
-check(getattr(ops, own), getattr(AxisType, type_), context=context == "in context")
+forms = {"CPU": kernels.CPU, "GPU": kernels.GPU, "REFERENCE": ops.REFERENCE}
+check(forms[own], getattr(AxisType, type_), context=context == "in context")
 print("agreed")
 """
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+from conftest import first
 from hypothesis import strategies as st
 
 from mnist_flax.augment import warp_affine
@@ -108,7 +109,7 @@ def test_slant_and_place_are_taken_back(splits):
     assert after < 0.05 * before
 
 
-@pytest.mark.parametrize("size", [1, 28])
+@pytest.mark.parametrize("size", first([1, 28]))
 def test_an_image_without_ink_stays_one_and_has_a_gradient(size):
     blank = jnp.zeros((2, size, size, 1))
     assert not normalize(blank).any()

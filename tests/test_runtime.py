@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import first
 
 from mnist_flax.launch import runtime
 
@@ -23,7 +24,7 @@ print(jax.jit(lambda x: 2 * x)(21))
     ("variables", "directory"),
     [
         ({"XDG_CACHE_HOME": "cache"}, "cache/mnist_flax/jax"),
-        ({"HOME": "home"}, "home/.cache/mnist_flax/jax"),
+        pytest.param({"HOME": "home"}, "home/.cache/mnist_flax/jax", marks=pytest.mark.slow),
         ({"XDG_CACHE_HOME": "cache", "JAX_COMPILATION_CACHE_DIR": "own"}, "own"),
     ],
 )
@@ -57,7 +58,7 @@ def run_alone(*words, cwd, **variables):
     )
 
 
-@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("variable", first(["HOME", "XDG_CACHE_HOME"]))
 def test_a_home_that_cannot_be_written_is_no_matter(variable, tmp_path):
     """Nor does Matplotlib complain."""
     code = SCRIPT + "import matplotlib.font_manager\n"
@@ -122,9 +123,12 @@ def test_the_processors_devices_divide_a_batch_and_are_few(monkeypatch):
     assert runtime.share_cores(128) == 1
 
 
-@pytest.mark.parametrize(("platform", "why"), [("cuda", ""), ("martian", "Unable to initialize")])
+@pytest.mark.parametrize(
+    ("platform", "why"),
+    [("cuda", ""), pytest.param("martian", "Unable to initialize", marks=pytest.mark.slow)],
+)
 def test_a_platform_that_is_not_there_is_one_line(platform, why, tmp_path):
-    code = "from mnist_flax import command_line as c; c.run(lambda _: c.begin())"
+    code = "from mnist_flax.launch import command_line as c; c.run(lambda _: c.begin())"
     run = run_alone("-c", code, cwd=tmp_path, JAX_PLATFORMS=platform, HOME=str(tmp_path))
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: JAX_PLATFORMS is {platform}, but")
@@ -133,7 +137,8 @@ def test_a_platform_that_is_not_there_is_one_line(platform, why, tmp_path):
 
 
 def test_a_script_says_on_stderr_what_it_runs_on(tmp_path):
-    code = "from mnist_flax import command_line as c; c.run(lambda _: c.begin(cpu_devices=3))"
+    code = "from mnist_flax.launch import command_line as c\n"
+    code += "c.run(lambda _: c.begin(cpu_devices=3))"
     run = run_alone("-c", code, cwd=tmp_path, JAX_PLATFORMS="cpu", HOME=str(tmp_path))
     assert (run.returncode, run.stdout) == (0, "")
     assert len(run.stderr.splitlines()) == 1
@@ -142,7 +147,7 @@ def test_a_script_says_on_stderr_what_it_runs_on(tmp_path):
 
 def test_sigterm_is_one_line_and_its_own_status(tmp_path):
     code = (
-        "import os, signal, time; from mnist_flax import command_line as c\n"
+        "import os, signal, time; from mnist_flax.launch import command_line as c\n"
         "c.run(lambda _: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))"
     )
     run = run_alone("-c", code, cwd=tmp_path)

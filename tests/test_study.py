@@ -244,6 +244,7 @@ def test_vmapped_replicas_are_those_one_after_another(small):
     )
 
 
+@pytest.mark.slow
 def test_a_streamed_study_is_the_same_bits(study, small, data_dir):
     """The records of the same 1,230 examples, in other orders for each replica."""
     streamed = load_splits("mnist", val_size=5000, seed=0, data_dir=data_dir, stream=True)

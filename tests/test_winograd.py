@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tries
+from conftest import first, tries
 from hypothesis import given, settings
 from numpy.testing import assert_array_equal
 from test_kernels import close, lax_conv, normal
@@ -50,7 +50,7 @@ def test_value_and_gradients_are_those_of_lax(batch, size, channels, K, padding)
     close(jax.jit(fast, static_argnums=3)(*args, padding), plain(*args, padding))
 
 
-@pytest.mark.parametrize("batch", [12, 13])
+@pytest.mark.parametrize("batch", first([13, 12]))
 def test_chunks_change_nothing(monkeypatch, batch):
     padding = ((1, 1), (1, 1))
     args = operands(batch, (6, 6), (3, 4), 3, padding)
