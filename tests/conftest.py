@@ -71,15 +71,14 @@ def head(examples, count):
     return Examples(examples.images[:count], examples.labels[:count])
 
 
-# Modules that compare the bits of programs that are compiled apart, which LLVM's first level keeps.
-OF_BITS = {"test_checkpoint", "test_evaluation", "test_experiments", "test_golden", "test_inputs"}
-OF_BITS |= {"test_loop", "test_study"}
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Compiles what a test runs in this process with still less care, where bits do not matter."""
-    less = not ALL and item.module.__name__ not in OF_BITS
+    """Compiles what a test runs in this process with still less care, if it is not of bits.
+
+    Programs that are compiled apart, such as of streamed and of resident data, need LLVM's first
+    level to have the same ones.
+    """
+    less = not (ALL or item.get_closest_marker("bits"))
     jax.config.update("jax_disable_most_optimizations", less)
 
 

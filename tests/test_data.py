@@ -362,13 +362,13 @@ class TestProcesses:
     def test_tensorflow_is_never_imported(self, tmp_path, archives):
         code = """
 import sys
-import mnist_flax.data
+import mnist_flax.feed
 late = {"tensorflow", "tensorflow_datasets", "grain", "array_record"}
 print(sorted(late & set(sys.modules)))
 arguments = {"val_size": 10, "data_dir": sys.argv[1], "archives": sys.argv[2]}
 mnist_flax.load_splits("mnist", **arguments)
 splits = mnist_flax.load_splits("mnist", **arguments, stream=True)
-batch = next(mnist_flax.data.stream_batches(splits.train, [[3, 1], [2, 0]]))
+batch = next(mnist_flax.feed.stream_batches(splits.train, [[3, 1], [2, 0]]))
 print(batch.images.shape, sorted(late & set(sys.modules)))
 """
         assert run(code, tmp_path, archives).splitlines() == [

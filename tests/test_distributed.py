@@ -29,7 +29,10 @@ TRAIN = str(Path(__file__).parents[1] / "experiments" / "train.py")
 STEPS = 100 if ALL else 10
 SMALL = "--val-size 200 --epochs 3 --batch-size 50 --model.widths 4 8 --model.padding SAME VALID"
 SMALL += " --model.pool True True --model.hidden 16 --model.dropout 0.2"
-SMALL += "" if ALL else " --model.patch 2 --model.pool False True"
+if not ALL:  # less to compile, in each process
+    SMALL += " --model.patch 2 --model.pool False True --augment.rotate 0 --augment.zoom 0"
+    SMALL += " --augment.shift 0"
+    SMALL += " --optimizer.name sgd --optimizer.ns-steps None --optimizer.adam-ratio None"
 # As many threads in XLA, whatever the machine, in one process and in two; in `make test-all`
 # compiled as a user's are.
 SAME_BITS = {"NPROC": "2"} | ({"XLA_FLAGS": ""} if ALL else {})

@@ -494,6 +494,7 @@ def test_a_sweep_chooses_by_the_epoch_that_the_winner_will_end_with():
     assert math.isnan(sweep.val_accuracy(result, 1, best=True))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["quick", "tiny700"])
 def test_the_reports_filters_are_the_first_kernels_in_pixels(name):
     """An image of one bright pixel is answered by the kernel, upside down."""

@@ -165,6 +165,7 @@ def test_labels_of_any_integer_type_train_and_validate_to_the_same_bits(dtype, r
     assert evaluate(found[-1].state, cast(SPLITS.val)).accuracy == accuracy
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, jnp.bfloat16])
 def test_images_of_any_floating_point_type_train_alike(dtype):
     """In steps of an eighth, which each of them has."""

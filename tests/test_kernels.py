@@ -587,6 +587,7 @@ assert last["train_loss"] < first["train_loss"]
 """
 
 
+@pytest.mark.slow
 def test_a_package_without_kernels_trains(tmp_path):
     package = Path(kernels.__file__).parents[1]
     hidden = shutil.ignore_patterns("kernels", "__pycache__")

@@ -96,6 +96,7 @@ def short(small):
     return splits, fit(RECIPE, splits, progress=False)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("form", ["resident", "streamed"])
 def test_interrupted_after_every_step_and_resumed_is_the_same_bits(form, short, data_dir, tmp_path):
     splits, whole = short
@@ -326,8 +327,9 @@ def test_parameters_that_are_not_finite_are_noticed_after_the_last_step(small):
     batch = dataclasses.replace(small, train=head(small.train, 50), val=head(small.val, 0))
     with pytest.raises(DivergedError, match="norm of the parameters"):
         fit(recipe, batch, progress=False)
-    with pytest.raises(DivergedError, match="norm of the parameters"):
-        fit(recipe, batch, seeds=[0, 1], progress=False)
+    if ALL:
+        with pytest.raises(DivergedError, match="norm of the parameters"):
+            fit(recipe, batch, seeds=[0, 1], progress=False)
 
 
 def test_bad_input_is_refused_before_anything_is_written(small, whole, tmp_path):

@@ -287,7 +287,7 @@ def test_with_float64_allowed_a_state_is_float32_and_stays_so(splits, name):
 @pytest.mark.parametrize(
     "words",
     [
-        ("CPU", "Explicit", "in no context"),
+        pytest.param(("CPU", "Explicit", "in no context"), marks=pytest.mark.slow),
         pytest.param(("CPU", "Auto", "in no context"), marks=pytest.mark.slow),
         pytest.param(("REFERENCE", "Explicit", "in context"), marks=pytest.mark.slow),
     ],

@@ -67,6 +67,7 @@ def test_moments_are_numpys(images):
     np.testing.assert_allclose(np.stack(found, axis=1), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_channels_are_summed(splits):
     images = digits(splits, 4)
     channels = jnp.concatenate([images[:2], images[2:]], axis=-1)
@@ -83,6 +84,7 @@ def test_normalization_is_scipys(splits):
     np.testing.assert_allclose(jax.jit(normalize)(images)[..., 0], expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_normalized_digits_are_upright_central_and_of_nearly_one_size(splits):
     images = digits(splits, 500)
     before, after = moments(images), moments(normalize(images))

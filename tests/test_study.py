@@ -29,6 +29,7 @@ from mnist_flax.recipes import (
 from mnist_flax.replicas import make_mesh
 from mnist_flax.studies.seeds import see
 
+pytestmark = pytest.mark.bits
 # Without augmentation, whose last bit XLA rounds otherwise in a loop within a loop.
 PLAIN = dataclasses.replace(RECIPE, augment=AffineConfig(), model=MODEL)
 SEEDS = (3, 0, 8)
