@@ -88,6 +88,7 @@ def main(arguments):
     name, rest = command_line.split_recipe(arguments)
     default = Command(without_validation(command_line.named_recipe(name)))
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
+    name = command_line.recipe_label(name)
     recipe = command.recipe
     workdir = command.workdir or Path("runs") / f"folds-{name}"
     if command.resume and not holds_run(workdir / "fold-1"):

@@ -83,6 +83,7 @@ def main(arguments):
     name, rest = command_line.split_recipe(arguments)
     default = Command(command_line.named_recipe(name))
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
+    name = command_line.recipe_label(name)
     recipes = {name: command.recipe}
     if command.versus is not None:
         recipes[f"{command.versus} (other)"] = command_line.named_recipe(command.versus)

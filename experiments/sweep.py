@@ -230,6 +230,7 @@ def main(arguments):
     name, rest = command_line.split_recipe(arguments)
     default = Command(command_line.named_recipe(name))
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
+    name = command_line.recipe_label(name)
     tried = points(parse_vary(command.vary), draws=command.draws, seed=command.first_seed)
     recipes = [with_fields(command.recipe, point) for point in tried]
     workdir = command.workdir or Path("runs") / f"sweep-{name}"

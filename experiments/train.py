@@ -62,6 +62,7 @@ def main(arguments):
     name, rest = command_line.split_recipe(arguments)
     default = Command(command_line.named_recipe(name))
     command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
+    name = command_line.recipe_label(name)
     if command.resume:
         if command.workdir is None:
             raise InputError("resume needs the run's directory; give --workdir")

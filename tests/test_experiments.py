@@ -915,6 +915,30 @@ def test_any_command_line_is_a_recipe_or_an_input_error(words):
     assert "\n" not in refusal
 
 
+def test_a_recipe_of_ones_own_is_named_by_its_file(tmp_path):
+    """Its field is an option's default, as a named recipe's is."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import dataclasses\n"
+        "from mnist_flax import RECIPES\n"
+        "MINE = dataclasses.replace(RECIPES['quick'], epochs=7)\n"
+    )
+    name, rest = command_line.split_recipe(["--recipe", f"{path}:MINE", "--seed", "3"])
+    assert command_line.recipe_label(name) == "MINE"
+    default = command_line.named_recipe(name)
+    recipe = command_line.parse(Recipe, rest, default=default, description="")
+    assert recipe == dataclasses.replace(RECIPES["quick"], epochs=7, seed=3)
+    for wrong, message in [
+        (f"{path}:YOURS", "has no Recipe 'YOURS'; its own are: MINE"),
+        (f"{tmp_path}/none.py:MINE", "there is no file"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            command_line.named_recipe(wrong)
+    path.write_text("import nothing_of_this_name\n")
+    with pytest.raises(InputError, match=r"cannot be run \(ModuleNotFoundError: No module named"):
+        command_line.named_recipe(f"{path}:MINE")
+
+
 def test_options_override_the_named_recipe():
     name, rest = command_line.split_recipe(["--seed", "3", "--recipe", "seed", "--epochs", "1"])
     assert (name, rest) == ("seed", ["--seed", "3", "--epochs", "1"])

@@ -8,6 +8,7 @@ import difflib
 import io
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -27,16 +28,38 @@ T = TypeVar("T")
 
 
 def named_recipe(name: str) -> Recipe:
-    """Returns a recipe by its name.
+    """Returns a recipe by its name, or the one that a Python file has: `path/to/file.py:NAME`.
 
     Raises:
-      InputError: there is none of that name.
+      InputError: there is none of that name; or the file cannot be run.
     """
+    path, colon, own = name.rpartition(":")
+    if colon and path.endswith(".py"):
+        return _recipe_of_file(Path(path).expanduser(), own)
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
         raise InputError(f"recipe {name!r} is unknown; choose from {', '.join(RECIPES)}{meant}")
     return RECIPES[name]
+
+
+def _recipe_of_file(path: Path, name: str) -> Recipe:
+    if not path.is_file():
+        raise InputError(f"recipe {path}:{name}: there is no file {path}")
+    try:
+        found = runpy.run_path(str(path))
+    except Exception as error:
+        line = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(f"recipe {path}:{name}: {path} cannot be run ({line})") from error
+    if not isinstance(found.get(name), Recipe):
+        own = ", ".join(key for key, value in found.items() if isinstance(value, Recipe)) or "none"
+        raise InputError(f"recipe {path}:{name}: {path} has no Recipe {name!r}; its own are: {own}")
+    return found[name]
+
+
+def recipe_label(name: str) -> str:
+    """Returns what to call a recipe in the names of files."""
+    return name.rpartition(":")[2]
 
 
 def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
