@@ -77,6 +77,39 @@ for run in ("damaged", "unreadable"):
 """
 
 
+# Trains two replicas, interrupted within the first epoch and resumed; prints what they came to.
+STUDY = """
+import json, os, sys
+import jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+from mnist_flax import errors, fit, hosts, load_splits, replicas
+from mnist_flax.evaluation import evaluate_replicas
+from mnist_flax.model import CNNConfig
+from mnist_flax.recipes import OptimizerConfig, Recipe
+
+if "JAX_COORDINATOR_ADDRESS" in os.environ:
+    hosts.initialize()
+data_dir, archives, workdir, form = sys.argv[2:6]
+splits = load_splits(
+    "mnist", val_size=200, data_dir=data_dir, archives=archives, stream=form == "streamed"
+)
+model = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), patch=2, hidden=(16,))
+recipe = Recipe(
+    val_size=200, epochs=2, batch_size=50, model=model, optimizer=OptimizerConfig("sgd", 0.05)
+)
+run = dict(seeds=(3, 0), workdir=workdir, progress=False)
+try:
+    fit(recipe, splits, should_stop=lambda: True, **run)
+except errors.Interrupted as stop:
+    assert stop.step == 1
+result = fit(recipe, splits, resume=True, **run)
+names = ("train_loss", "val_loss")
+print(json.dumps([[[row[name] for name in names] for row in h] for h in result.histories]))
+tests = evaluate_replicas(result.states, splits.test, mesh=replicas.make_mesh(replicas=2))
+print([test.correct for test in tests])
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """Where a test's processes find their data and write, and with what options they start."""
@@ -99,7 +132,11 @@ class Job:
         arguments = [*self.options, "--distributed", *words]
         return [
             subprocess.Popen(
-                [sys.executable, *(word.format(index) for word in program), *arguments],
+                [
+                    sys.executable,
+                    *(word.replace("{0}", str(index)) for word in program),
+                    *arguments,
+                ],
                 env=os.environ | SAME_BITS | job | {"JAX_PROCESS_ID": str(index)},
                 umask=0o077 if index else 0o022,
                 stdout=subprocess.PIPE,
@@ -231,6 +268,31 @@ def test_a_lost_process_ends_the_job_and_resuming_ends_with_the_same_bits(job, a
     statuses, errors = ends(job.start("--workdir", "lost", "--resume"))
     assert statuses == [0, 0], errors
     assert result(workdir)["digest"] == alone["digest"]
+
+
+@pytest.mark.slow
+def test_a_study_of_two_processes_is_that_of_one(job):
+    """A replica each, streamed, against one process that has two devices and holds the data."""
+    places = job.options[-3], job.options[-1]
+
+    def words(devices, workdir, form):
+        return ("-c", STUDY, str(devices), *places, str(job.directory / workdir), form)
+
+    alone = subprocess.run(
+        [sys.executable, *words(2, "study-alone", "resident")],
+        env=os.environ | SAME_BITS,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    together = Job(job.directory, ()).start(program=words(1, "study", "streamed"))
+    outs = [process.communicate(timeout=300) for process in together]
+    said = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in outs]
+    assert said == [alone.stdout.splitlines()] * 2, outs
+    (first, second), correct = json.loads(said[0][0]), json.loads(said[0][1])
+    assert first[-1][0] < first[0][0]
+    assert first != second
+    assert len(correct) == 2
 
 
 def test_processes_agree_on_the_checkpoint_that_they_read(tmp_path):

@@ -31,7 +31,7 @@ from mnist_flax.recipes import (
     recipe_views,
 )
 from mnist_flax.replicas import make_mesh
-from mnist_flax.reports.results import digest, load_run, write_results
+from mnist_flax.reports.results import digest, load_run, summarize
 from mnist_flax.steps import Purpose, draw_key, eval_logits, prepared, to_float, to_model
 
 
@@ -195,17 +195,8 @@ def test_early_stopping_restores_the_best_epoch(small, splits, tmp_path):
     assert evaluation.loss == pytest.approx(min(losses), rel=1e-5)
     best = result.history[result.best_epoch - 1]
     assert best["val_accuracy"] == pytest.approx(evaluation.accuracy)
-    examples = head(splits.test, 100)
-    summary = write_results(
-        tmp_path,
-        recipe,
-        small.info,
-        result,
-        test_examples=examples,
-        test=evaluate(result.state, examples),
-        data_seconds=0.0,
-        test_seconds=0.0,
-    )
+    test = evaluate(result.state, head(splits.test, 100))
+    summary = summarize(recipe, small.info, result, test=test, data_seconds=0.0, test_seconds=0.0)
     assert summary["best_epoch"] == result.best_epoch
     assert (summary["val_loss"], summary["val_accuracy"]) == (min(losses), best["val_accuracy"])
     assert digest(load_run(tmp_path).state) == summary["digest"] == digest(result.state)

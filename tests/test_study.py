@@ -158,9 +158,11 @@ def test_a_replica_that_diverges_leaves_the_others_alone(small):
     with pytest.raises(DivergedError, match=r"replica 1 \(seed 0\): the training loss .*epoch 1:"):
         result.replica(1)
     assert result.histories[1] == ()
-    own = fit(dataclasses.replace(PLAIN, seed=1), small, progress=False)
-    losses = [[row["train_loss"] for row in run.history] for run in (own, result.replica(2))]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert [len(history) for history in result.histories] == [3, 0, 3]
+    if ALL:
+        own = fit(dataclasses.replace(PLAIN, seed=1), small, progress=False)
+        losses = [[row["train_loss"] for row in run.history] for run in (own, result.replica(2))]
+        np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_evaluation_of_many_is_that_of_each(study, splits):
