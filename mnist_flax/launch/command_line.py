@@ -241,7 +241,7 @@ def backend_of_children() -> str:
       InputError: the platform that was asked for is not there.
     """
     code = (
-        "import jax; from mnist_flax import command_line as c; "
+        "import jax; from mnist_flax.launch import command_line as c; "
         "c.run(lambda _: c.begin() or print(jax.default_backend()))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
