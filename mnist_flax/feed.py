@@ -70,8 +70,7 @@ def streamed_feed(records: Records, indices_RSB: jax.Array, *, start: int, mesh:
             parts = np.split(getattr(examples, name), ends)
             for (rows, columns), part in zip(own, parts, strict=True):
                 chunk[rows, step, columns] = part.reshape(chunk[rows, step, columns].shape)
-        placed: Any = place(chunk, by_batch(mesh))
-        return placed
+        return place(chunk, by_batch(mesh))
 
     def feed(done: int, wanted: int) -> Chunk:
         count = min(wanted, STREAM_STEPS, S - done)

@@ -104,14 +104,22 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh, replicas: int = 1)
     state_shape(without_seed(recipe), splits.info, steps=steps)
 
 
-def initial_progress(recipes: Sequence[Recipe], info: DatasetInfo, *, steps: int, mesh: Mesh):
+def initial_progress(
+    recipes: Sequence[Recipe], info: DatasetInfo, *, steps: int, mesh: Mesh
+) -> Progress:
     """Returns a study's progress at step 0; an epoch has `steps` steps."""
-    R = len(recipes)
     create = state_program(without_seed(recipes[0]), info, steps=steps, mesh=mesh)
     seeds_R = np.array([recipe.seed for recipe in recipes], np.uint32)
-    states = create(keys_program(mesh)(seeds_R), ())
+    return progress_from(create(keys_program(mesh)(seeds_R), ()), recipes, step=0, mesh=mesh)
+
+
+def progress_from(
+    states: TrainState, recipes: Sequence[Recipe], *, step: int, mesh: Mesh
+) -> Progress:
+    """Returns the progress of a study that knows nothing of its states but their step."""
+    R = len(recipes)
     return Progress(
-        step=0,
+        step=step,
         states=states,
         metrics=zero_program(R, mesh)(),
         best=states,
@@ -145,8 +153,7 @@ def started(
         return initial_progress(recipes, info, steps=steps, mesh=mesh)
     if isinstance(start, TrainState):
         states = stack(start, mesh=mesh)
-        fresh = initial_progress(recipes, info, steps=steps, mesh=mesh)
-        start = dataclasses.replace(fresh, step=int(start.step), states=states, best=states)
+        start = progress_from(states, recipes, step=int(start.step), mesh=mesh)
     like = state_shape(without_seed(recipes[0]), info, steps=steps)
     if jax.tree.structure(like.opt_state) != jax.tree.structure(start.states.opt_state):
         raise InputError("the state to start from was trained by another kind of optimizer")
@@ -295,8 +302,7 @@ class Trainer:
 
     def mask(self, progress: Progress) -> jax.Array:
         """Returns which replicas are to be trained, on the devices."""
-        mask: Any = place(progress.active_R, by_replica(self.mesh))
-        return mask
+        return place(progress.active_R, by_replica(self.mesh))
 
     def rates(self, progress: Progress, step: int) -> np.ndarray:
         """Returns the replicas' learning rates at a step, [R]."""

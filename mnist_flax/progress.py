@@ -33,7 +33,14 @@ Row = dict[str, Any]
 class _Outcome:
     """What `Progress` and `FitResult` have in common: one replica's numbers, without an index."""
 
+    states: TrainState
     histories: tuple[tuple[Row, ...], ...]
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """The state of a run: of the one replica."""
+        (_,) = self.histories
+        return replica(self.states, 0)
 
     @property
     def history(self) -> tuple[Row, ...]:
@@ -72,12 +79,6 @@ class Progress(_Outcome):
     histories: tuple[tuple[Row, ...], ...]
     diverged: tuple[str | None, ...]
     seconds: dict[str, float]
-
-    @functools.cached_property
-    def state(self) -> TrainState:
-        """The training state of a run: of the one replica."""
-        (_,) = self.histories
-        return replica(self.states, 0)
 
     @property
     def active_R(self) -> np.ndarray:
@@ -181,12 +182,6 @@ class FitResult(_Outcome):
     best_epochs: tuple[int, ...]
     stopped: tuple[bool, ...]
     diverged: tuple[str | None, ...]
-
-    @functools.cached_property
-    def state(self) -> TrainState:
-        """The state of a run."""
-        (_,) = self.recipes
-        return replica(self.states, 0)
 
     @property
     def best_epoch(self) -> int:

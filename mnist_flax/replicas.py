@@ -45,12 +45,12 @@ def make_mesh(*, devices: int | None = None, replicas: int = 1) -> Mesh:
     return _mesh(np.array(present[:devices]), replicas=replicas)
 
 
-def mesh_of(state: TrainState, *, replicas: int = 1) -> Mesh:
-    """Returns a mesh of the devices that hold a state, as `make_mesh`."""
+def mesh_of(state: TrainState) -> Mesh:
+    """Returns a mesh of the devices that hold a state, for one replica, as `make_mesh`."""
     sharding = jnp.asarray(state.step).sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     devices = mesh.devices.ravel() if isinstance(mesh, Mesh) else list(sharding.device_set)
-    return _mesh(np.array(devices), replicas=replicas)
+    return _mesh(np.array(devices), replicas=1)
 
 
 def _mesh(devices: np.ndarray, *, replicas: int) -> Mesh:
@@ -79,7 +79,7 @@ def by_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(REPLICA_AXIS, None, BATCH_AXIS))
 
 
-def place(tree: T, sharding: NamedSharding) -> T:
+def place(tree: Any, sharding: NamedSharding) -> Any:
     """Puts arrays that every process holds on the devices.
 
     `jax.device_put` would send all of them to all processes, to compare.
@@ -114,13 +114,13 @@ def over_replicas(
     """
     one_by_one = platform_of(mesh) == "cpu" if loop is None else loop
 
-    def of_one(replicas, shared):
-        one = jax.tree.map(functools.partial(jnp.squeeze, axis=0), replicas)
-        return jax.tree.map(lambda a: a[None], fun(one, shared))
+    def count(replicas) -> int:
+        return jax.tree.leaves(replicas)[0].shape[0]
 
     def on_each_device(replicas, shared):
-        if jax.tree.leaves(replicas)[0].shape[0] == 1:
-            return of_one(replicas, shared)
+        if count(replicas) == 1:
+            one = jax.tree.map(functools.partial(jnp.squeeze, axis=0), replicas)
+            return jax.tree.map(lambda a: a[None], fun(one, shared))
         if one_by_one:
             return jax.lax.map(lambda one: fun(one, shared), replicas)
         return jax.vmap(fun, in_axes=(0, None))(replicas, shared)
@@ -135,8 +135,8 @@ def over_replicas(
     )
 
     def on_all_devices(replicas, shared):
-        alone = jax.tree.leaves(replicas)[0].shape[0] == 1
-        return of_one(replicas, shared) if alone else divided(replicas, shared)
+        run = on_each_device if count(replicas) == 1 else divided
+        return run(replicas, shared)
 
     return on_all_devices
 

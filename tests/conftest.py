@@ -58,13 +58,10 @@ def tries(number: int) -> int:
     return number if ALL else -(-number // 3)
 
 
-def first(values, *, keep: int = 1):
+def first(values):
     """Returns a test's parameters, of which `make test` tries the first, `make test-all` all."""
-    values = list(values)
-    return [
-        *values[:keep],
-        *(pytest.param(value, marks=pytest.mark.slow) for value in values[keep:]),
-    ]
+    kept, *others = values
+    return [kept, *(pytest.param(value, marks=pytest.mark.slow) for value in others)]
 
 
 def head(examples, count):
