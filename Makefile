@@ -1,7 +1,8 @@
 # Everything runs in .venv, made from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-COMPAT_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>&- || echo $(PYTHON))
+COMPAT_PYTHON ?= $(firstword $(shell python3.13 -c 'import sys; print(sys.executable)' 2>&-) \
+  $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python3) $(PYTHON))
 COMPAT_TESTS := $(addprefix tests/test_, $(addsuffix .py, api archives checkpoint data evaluation \
   golden loop metrics model moments notebook optimizer runtime steps stopping stream))
 PEERS := torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
@@ -54,6 +55,8 @@ bench: .venv/installed .venv-peers/installed
 	touch $@
 
 .venv-oldest/installed .venv-newest/installed: .venv-%/installed: pyproject.toml compat/%.txt
+	$(COMPAT_PYTHON) -c 'import sys; sys.version_info >= (3, 12) or \
+	  sys.exit("jax 0.12 needs Python 3.12 or later: make compat COMPAT_PYTHON=python3.13")'
 	$(COMPAT_PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --constraint compat/$*.txt --editable '.[test]'
 	touch $@

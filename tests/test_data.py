@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import first
+from conftest import first, tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -260,7 +260,7 @@ class TestCache:
     def test_a_flipped_byte_anywhere_changes_nothing_that_is_loaded(self, directory, digits, load):
         path = directory / "decoded.npz"
         rng = random.Random(0)
-        for _ in range(12):
+        for _ in range(tries(12)):
             content = bytearray(path.read_bytes())
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             path.write_bytes(content)

@@ -211,6 +211,7 @@ def streamed(job):
     return workdir, [np.load(job.directory / f"read-{index}.npy") for index in range(2)]
 
 
+@pytest.mark.slow
 def test_the_bits_are_those_of_one_process(streamed, alone):
     """One process in memory with two devices, two that stream with one each."""
     workdir, _ = streamed

@@ -69,6 +69,7 @@ def test_stablehlo_runs_without_the_package(state, images, tmp_path):
     assert run.stdout == "agreed\n", run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the converter's
 def test_onnx_agrees_at_any_batch_size(state, images):
     names = tuple("0123456789")

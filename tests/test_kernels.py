@@ -682,7 +682,8 @@ def shared_network(own):
     return jax.grad(loss)
 
 
-@pytest.mark.parametrize("meshes", ["few", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("meshes", ["few", "all"])
 def test_a_batch_shared_by_devices_is_worked_on_where_it_lies(meshes):
     """The gradients of one device, by sums of each device's own: the batch is never gathered."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)])}

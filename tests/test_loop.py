@@ -14,6 +14,7 @@ import pytest
 from conftest import ALL, MODEL, RECIPE, TINY, head
 from flax import nnx
 from tensorboardX.proto import event_pb2
+from test_archives import write_subset
 
 from mnist_flax.compat import as_pure
 from mnist_flax.datasets import load_splits
@@ -90,32 +91,40 @@ SHORT = 410 if ALL else 110  # examples, of which 10 are left over
 
 
 @pytest.fixture(scope="module")
-def short(small):
+def archives(tmp_path_factory):
+    """MNIST's first SHORT + 500 training examples and some of its test."""
+    directory = tmp_path_factory.mktemp("short") / "archives"
+    return write_subset(directory, num_train=SHORT + 500, num_test=50)
+
+
+@pytest.fixture(scope="module")
+def short(archives):
     """A run of 3 epochs of 8 steps or of 2, resident."""
-    splits = dataclasses.replace(small, train=head(small.train, SHORT))
+    splits = load_splits("mnist", val_size=500, archives=archives)
     return splits, fit(RECIPE, splits, progress=False)
 
 
 @pytest.mark.bits
 @pytest.mark.parametrize("form", ["resident", "streamed"])
-def test_interrupted_after_every_step_and_resumed_is_the_same_bits(form, short, data_dir, tmp_path):
+def test_interrupted_after_every_step_and_resumed_is_the_same_bits(form, short, archives, tmp_path):
     splits, whole = short
     if form == "streamed":
-        records = load_splits("mnist", val_size=5000, data_dir=data_dir, stream=True).train
-        records._indices_N = records._indices_N[:SHORT]
-        splits = dataclasses.replace(splits, train=records)
+        places = dict(data_dir=tmp_path / "data", archives=archives)
+        splits = load_splits("mnist", val_size=500, stream=True, **places)
     for step in range(1, 3 * (SHORT // 50)):
         with pytest.raises(Interrupted, match=f"after step {step}$"):
             fit(
                 RECIPE,
                 splits,
-                workdir=tmp_path,
+                workdir=tmp_path / "run",
                 resume=step > 1,
                 progress=False,
                 should_stop=lambda: True,
             )
-    assert_same_run(whole, fit(RECIPE, splits, workdir=tmp_path, resume=True, progress=False))
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    resumed = fit(RECIPE, splits, workdir=tmp_path / "run", resume=True, progress=False)
+    assert_same_run(whole, resumed)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert list(map(timeless, rows)) == list(map(timeless, whole.history))
 
 

@@ -6,6 +6,7 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
+from conftest import ALL
 from test_archives import refusal, write_subset
 
 from mnist_flax.data import Records, epoch_order, take
@@ -15,15 +16,33 @@ from mnist_flax.feed import stream_batches
 BATCH_SIZE = 128
 
 
+NUM_TRAIN, NUM_TEST = (60_000, 10_000) if ALL else (2500, 300)
+VAL_SIZE = NUM_TEST // 2
+
+
 @pytest.fixture(scope="module")
-def streamed(splits, data_dir):
-    """The same splits as the session's, streamed; both prepared once."""
-    return load_splits("mnist", val_size=5000, seed=0, data_dir=data_dir, stream=True)
+def places(tmp_path_factory):
+    """Archives of MNIST, whole or the beginning of it, and where they are prepared."""
+    directory = tmp_path_factory.mktemp("stream")
+    archives = write_subset(directory / "archives", num_train=NUM_TRAIN, num_test=NUM_TEST)
+    return {"archives": archives, "data_dir": directory / "data", "val_size": VAL_SIZE}
+
+
+@pytest.fixture(scope="module")
+def splits(places):
+    return load_splits("mnist", **places)
+
+
+@pytest.fixture(scope="module")
+def streamed(places):
+    """The same splits, streamed."""
+    return load_splits("mnist", **places, stream=True)
 
 
 @pytest.fixture(scope="module")
 def indices_SB():
-    order = epoch_order(jax.random.key(5), num_examples=55_000, batch_size=BATCH_SIZE)
+    train_size = NUM_TRAIN - VAL_SIZE
+    order = epoch_order(jax.random.key(5), num_examples=train_size, batch_size=BATCH_SIZE)
     return np.asarray(order)[:12]
 
 
@@ -50,15 +69,15 @@ def test_streamed_splits_are_the_resident_ones(splits, streamed):
 
 def test_records_are_a_sequence(splits, streamed):
     assert isinstance(streamed.train, Records)
-    assert len(streamed.train) == streamed.train.num_examples == 55_000
+    assert len(streamed.train) == streamed.train.num_examples == NUM_TRAIN - VAL_SIZE
     assert streamed.train.image_shape == (28, 28, 1)
-    for index in (0, 17, 54_999, -1):
+    for index in (0, 17, NUM_TRAIN - VAL_SIZE - 1, -1):
         example = streamed.train[index]
         assert example.images.shape == (28, 28, 1)
         assert np.array_equal(example.images, splits.train.images[index])
         assert example.labels == splits.train.labels[index]
     with pytest.raises(IndexError):
-        streamed.train[55_000]
+        streamed.train[NUM_TRAIN - VAL_SIZE]
 
 
 def test_little_is_held_in_memory(tmp_path):
