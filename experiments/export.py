@@ -137,7 +137,8 @@ def main(arguments):
     shape, names = run.info.image_shape, run.info.class_names
     images_NHWC = np.asarray(splits.test.images) / np.float32(255)
     expected_NK = predict(run.state, images_NHWC)
-    precisions = {config.precision for config in (run.recipe.model, *run.recipe.columns)}
+    networks = getattr(run.recipe.model, "columns", (run.recipe.model,))
+    precisions = {getattr(network, "precision", "float32") for network in networks}
     half = BFLOAT16_TOLERANCE * float(np.abs(expected_NK).max())
     check = functools.partial(
         write_checked,

@@ -20,7 +20,7 @@ from mnist_flax.data import Examples, take
 from mnist_flax.datasets import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.launch import command_line, runtime
-from mnist_flax.recipes import PlateauConfig, Recipe, StoppingConfig, recipe_views, to_dict
+from mnist_flax.recipe import Recipe, recipe_views, to_dict
 from mnist_flax.workdir import holds_run, write_json
 
 
@@ -60,9 +60,7 @@ class Command:
 
 def without_validation(recipe: Recipe) -> Recipe:
     """Returns the recipe that trains on all it is given, for all of its epochs."""
-    return dataclasses.replace(
-        recipe, val_size=0, plateau=PlateauConfig(), stopping=StoppingConfig()
-    )
+    return dataclasses.replace(recipe, val_size=0, plateau=None, stopping=None)
 
 
 def without(splits, held_out: np.ndarray):

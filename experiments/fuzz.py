@@ -22,15 +22,16 @@ except ImportError:
     sys.exit(2)
 
 with atheris.instrument_imports(include=["mnist_flax"]):
-    from mnist_flax import recipes
     from mnist_flax.datasets import archives
     from mnist_flax.errors import InputError
     from mnist_flax.launch import command_line
+    from mnist_flax.recipe import Recipe, from_dict, to_dict
+    from mnist_flax.recipes import RECIPES
     from mnist_flax.reports import digits
 
 # In memory: libFuzzer ends the process without a chance to remove a file.
 FILE = Path(f"/proc/self/fd/{os.memfd_create('fuzzed')}")
-DEFAULT = recipes.to_dict(recipes.RECIPES["default"])
+DEFAULT = to_dict(RECIPES["default"])
 
 
 def archive(data: bytes) -> None:
@@ -62,10 +63,10 @@ def recipe(data: bytes) -> None:
         return
     for candidate in (values, DEFAULT | values if isinstance(values, dict) else values):
         try:
-            built = recipes.from_dict(candidate)
+            built = from_dict(candidate)
         except InputError:
             continue
-        assert recipes.from_dict(recipes.to_dict(built)) == built
+        assert from_dict(to_dict(built)) == built
 
 
 def command(data: bytes) -> None:
@@ -73,7 +74,7 @@ def command(data: bytes) -> None:
     try:
         name, rest = command_line.split_recipe(data.decode(errors="replace").split("\0"))
         default = command_line.named_recipe(name)
-        command_line.parse(recipes.Recipe, rest, default=default, description="")
+        command_line.parse(Recipe, rest, default=default, description="")
     except InputError:
         return
     except SystemExit as stop:

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.launch import command_line
-from mnist_flax.recipes import Recipe
+from mnist_flax.models.columns import ColumnsConfig
+from mnist_flax.recipe import Recipe
 
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 GOALS = (0.9917, 0.9940, 0.9960)
@@ -72,10 +73,11 @@ def at_precision(recipe: Recipe, precision: Precision) -> Recipe:
     products = "tensorfloat32" if precision == "tensorfloat32" else "float32"
     jax.config.update("jax_default_matmul_precision", products)
     compute = "bfloat16" if precision == "bfloat16" else "float32"
-    model, *columns = (
-        dataclasses.replace(config, precision=compute) for config in (recipe.model, *recipe.columns)
-    )
-    return dataclasses.replace(recipe, model=model, columns=tuple(columns))
+    model = recipe.model
+    if not isinstance(model, ColumnsConfig):
+        return dataclasses.replace(recipe, model=dataclasses.replace(model, precision=compute))
+    columns = tuple(dataclasses.replace(own, precision=compute) for own in model.columns)
+    return dataclasses.replace(recipe, model=ColumnsConfig(columns))
 
 
 def images(recipe: Recipe, splits, *, epochs: int) -> int:

@@ -178,17 +178,18 @@ def saliency(state, images_BHWC, labels_B) -> np.ndarray:
     return np.asarray(jax.grad(total)(to_float(images_BHWC))).sum(axis=-1)
 
 
-def first_filters(state, *, patch: int) -> np.ndarray:
+def first_filters(state) -> np.ndarray:
     """Returns the first convolution's kernels in pixels, [O, k * patch, k * patch].
 
     Of the first channel of the images, and of the first column; a patch's pixels lie in its
     channels.
     """
-    from mnist_flax.model import Columns
+    from mnist_flax.models.columns import Columns
     from mnist_flax.steps import to_model
 
     model = to_model(state)
     first: Any = model.columns[0] if isinstance(model, Columns) else model
+    patch = first.config.patch
     kernel = np.asarray(first.convs[0].kernel[...])
     k, _, inputs, outputs = kernel.shape
     blocks = kernel.reshape(k, k, patch, patch, inputs // patch**2, outputs)[:, :, :, :, 0]
@@ -321,7 +322,7 @@ def add_sight(page: Page, run, examples) -> None:
     page.figures(
         (gradients, "Gradient of the label's logit by the pixels: blue raises it, red lowers it")
     )
-    filters = first_filters(run.state, patch=run.recipe.model.patch)
+    filters = first_filters(run.state)
     points = embedding(run.state, examples.images[:EMBEDDED])
     seen = figures.plot_embedding(points_N2=points, labels=labels[:EMBEDDED], class_names=names)
     page.figures(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mnist_flax.errors import InputError
 from mnist_flax.launch import command_line, runtime
-from mnist_flax.recipes import Recipe
+from mnist_flax.recipe import Recipe
 from mnist_flax.workdir import require_directory
 
 

@@ -16,7 +16,7 @@ import tyro
 
 from mnist_flax.errors import InputError, Interrupted
 from mnist_flax.launch import command_line, runtime
-from mnist_flax.recipes import Recipe, require_views
+from mnist_flax.recipe import Recipe, require_views
 from mnist_flax.studies.statistics import compare, describe, spread
 from mnist_flax.workdir import holds_run, write_json
 

@@ -22,7 +22,7 @@ import tyro
 
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.launch import command_line, runtime
-from mnist_flax.recipes import Recipe, traceable, with_fields
+from mnist_flax.recipe import Recipe, traceable, with_fields
 from mnist_flax.workdir import holds_run, write_json
 
 SET_BY_THE_SEARCH = ("seed", "val_size", "split_seed")

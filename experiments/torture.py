@@ -27,7 +27,7 @@ from mnist_flax.datasets import load_splits
 from mnist_flax.errors import InputError
 from mnist_flax.launch import command_line
 from mnist_flax.loop import initial_progress
-from mnist_flax.recipes import from_dict
+from mnist_flax.recipe import from_dict
 from mnist_flax.replicas import make_mesh
 from mnist_flax.reports.results import RESULT_FILE
 from mnist_flax.workdir import METRICS_FILE, RECIPE_FILE

@@ -75,7 +75,7 @@ def compile_for(recipe, info, devices):
     from mnist_flax.metrics import Metrics
     from mnist_flax.ops import for_platform
     from mnist_flax.programs import train_steps
-    from mnist_flax.recipes import recipe_state, step_options
+    from mnist_flax.recipe import recipe_state, step_options
     from mnist_flax.replicas import BATCH_AXIS
 
     num_examples = 60_000 - recipe.val_size

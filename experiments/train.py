@@ -17,7 +17,7 @@ import tyro
 from mnist_flax import hosts
 from mnist_flax.errors import InputError, Interrupted
 from mnist_flax.launch import command_line, runtime
-from mnist_flax.recipes import Recipe
+from mnist_flax.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)

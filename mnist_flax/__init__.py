@@ -10,7 +10,8 @@ from mnist_flax.metrics import Metrics
 from mnist_flax.model import CNN, CNNConfig
 from mnist_flax.ops import for_platform
 from mnist_flax.progress import FitResult, Progress
-from mnist_flax.recipes import RECIPES, Recipe
+from mnist_flax.recipe import Recipe
+from mnist_flax.recipes import RECIPES
 from mnist_flax.replicas import make_mesh
 from mnist_flax.steps import TrainState, create_state, eval_step, train_step
 from mnist_flax.stopping import EarlyStopping

@@ -26,7 +26,7 @@ from mnist_flax import hosts
 from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import CheckpointError, InputError
 from mnist_flax.progress import Progress
-from mnist_flax.recipes import differences
+from mnist_flax.recipe import differences
 from mnist_flax.steps import TrainState
 from mnist_flax.stopping import EarlyStopping
 from mnist_flax.workdir import (
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_DIR = "checkpoints"
 ITEM = "progress"
-FORMAT = 2  # of the record; one that cannot be read any more gets another number
+FORMAT = 3  # of the record; one that cannot be read any more gets another number
 KEEP_LATEST = 2  # one to continue from, and one more for when that is damaged
 SET_ASIDE = "damaged-"  # what the directory of a damaged checkpoint is renamed to, with its step
 PACKAGES = ("mnist_flax", "jax", "flax", "optax", "orbax-checkpoint")

@@ -132,6 +132,8 @@ def check_field_types(config: Any, *, prefix: str = "") -> None:
 
 
 def _is_of(value: Any, wanted: Any) -> bool:
+    if wanted is Any:
+        return True
     origin, args = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
         return any(_is_of(value, each) for each in args)
@@ -159,3 +161,18 @@ def _described(wanted: Any) -> str:
     if origin is tuple:
         return f"a tuple, each entry {_described(args[0])}"
     return _DESCRIPTIONS.get(wanted) or f"a {wanted.__name__}"
+
+
+def check_range(
+    name: str, value: float, low: float, high: float, *, open_low: bool = False
+) -> None:
+    """Checks that `value` is in [low, high), or in (low, high) where `open_low`.
+
+    Raises:
+      InputError: it is not.
+    """
+    above = value > low if open_low else value >= low
+    if not (above and value < high):  # NaN fails both
+        raise InputError(
+            f"{name} is {value}; give a number in {'(' if open_low else '['}{low}, {high})"
+        )

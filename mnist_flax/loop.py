@@ -41,8 +41,9 @@ from mnist_flax.programs import (
     zero_program,
 )
 from mnist_flax.progress import FitResult, Progress, diverged_line, epoch_rows, result_of
-from mnist_flax.recipes import (
+from mnist_flax.recipe import (
     Recipe,
+    early_stopping,
     get_field,
     replica_recipes,
     to_dict,
@@ -60,7 +61,6 @@ from mnist_flax.replicas import (
     stack,
 )
 from mnist_flax.steps import TrainState
-from mnist_flax.stopping import EarlyStopping
 from mnist_flax.workdir import (
     RECIPE_FILE,
     MetricsLog,
@@ -123,7 +123,7 @@ def progress_from(
         states=states,
         metrics=zero_program(R, mesh)(),
         best=states,
-        stopping=(EarlyStopping(**dataclasses.asdict(recipes[0].stopping)),) * R,
+        stopping=(early_stopping(recipes[0]),) * R,
         histories=((),) * R,
         diverged=(None,) * R,
         seconds=no_seconds(),
@@ -320,7 +320,7 @@ class Trainer:
         if self.programs[1] is None:
             return states, None
         val = jax.block_until_ready(self.programs[1](states, self._val))
-        if self.recipe.plateau.patience is not None:
+        if self.recipe.plateau is not None:
             lowered = plateau_program(self.recipe.plateau)(states, val.loss)
             states = choose(progress.active_R, lowered, states)
         return states, val

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from mnist_flax.checks import check_field_types, check_image_shape
 from mnist_flax.compat import List
+from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import InputError
 from mnist_flax.moments import normalize
-from mnist_flax.ops import NHWC, REFERENCE, Ops
+from mnist_flax.ops import REFERENCE, Ops
 
 # One object, as Flax 0.11 keeps it in a network's definition: two networks must have equal ones.
 HE_NORMAL = nnx.initializers.he_normal()
@@ -27,14 +24,12 @@ Padding = Literal["SAME", "VALID"]
 Precision = Literal["float32", "bfloat16"]
 Head = Literal["flatten", "mean"]
 
-MAX_PATTERNS = 6
-
 
 @dataclasses.dataclass(frozen=True)
 class CNNConfig:
     """An architecture.
 
-    The defaults are those of the recipe `seed`, after an older Keras notebook, but for
+    The defaults are those of the recipe `baseline`, after an older Keras notebook, but for
     `norm_momentum`: that of the other recipes, which settles within a run of a few hundred steps.
 
     Attributes:
@@ -42,16 +37,10 @@ class CNNConfig:
         centre, slant and spread (`mnist_flax.moments.normalize`).
       patch: side of the pixel blocks that are stacked as channels before the first convolution
         (space to depth); 1 leaves the image as it is.
-      widths: output channels of each convolution.
+      widths: output channels of each convolution; their kernels are 3 x 3.
       padding: zero padding of each convolution, "SAME" or "VALID".
       pool: whether 2x2 max-pooling ends each convolution's block.
-      kernel_size: side of every convolution kernel.
-      separable: whether each convolution but the first is depthwise separable: one kernel
-        a channel, then a matrix over channels, with nothing between them. Such networks have few
-        channels, and are computed in the form that suits few.
-      patterns: for each convolution of a separable network, how many of `derivative_patterns` its
-        kernels are sums of: that many parameters a kernel. Empty leaves every pixel free.
-      conv_bias: whether convolutions have a bias; separable ones have none.
+      conv_bias: whether convolutions have a bias.
       norm_scale: whether BatchNorm has a scale; the next convolution can do without it.
       norm_momentum: weight of the old value in BatchNorm's running statistics, in [0, 1).
       norm_epsilon: added to BatchNorm's variance, above 0.
@@ -70,9 +59,6 @@ class CNNConfig:
     widths: tuple[int, ...] = (32, 64, 128)
     padding: tuple[Padding, ...] = ("VALID", "VALID", "VALID")
     pool: tuple[bool, ...] = (False, True, True)
-    kernel_size: int = 3
-    separable: bool = False
-    patterns: tuple[int, ...] = ()
     conv_bias: bool = True
     norm_scale: bool = True
     norm_momentum: float = 0.9
@@ -91,18 +77,11 @@ class CNNConfig:
                 f"model widths, padding and pool have {len(self.widths)}, {len(self.padding)} and "
                 f"{len(self.pool)} entries; give one of each a convolution"
             )
-        sizes = (self.patch, self.kernel_size, *self.widths, *self.hidden)
+        sizes = (self.patch, *self.widths, *self.hidden)
         if min(sizes) < 1:
             raise InputError(f"a model size is {min(sizes)}; sizes and widths are at least 1")
         if unknown := set(self.padding) - {"SAME", "VALID"}:
             raise InputError(f"model padding {sorted(unknown)} is unknown; give SAME or VALID")
-        if self.separable and self.conv_bias:
-            raise InputError(
-                "model separable and conv_bias are both set, but separable convolutions have no "
-                "bias; set conv_bias to False"
-            )
-        if self.patterns:
-            self._check_patterns(self.patterns)
         if self.head not in ("flatten", "mean"):
             raise InputError(f"model head {self.head!r} is unknown; give flatten or mean")
         if self.precision not in ("float32", "bfloat16"):
@@ -116,18 +95,32 @@ class CNNConfig:
         if not 0 < self.norm_epsilon < 1:
             raise InputError(f"model norm_epsilon is {self.norm_epsilon}; give one in (0, 1)")
 
-    def _check_patterns(self, patterns: tuple[int, ...]) -> None:
-        if not self.separable:
-            raise InputError("model patterns is set, but only separable networks have them")
-        if len(patterns) != len(self.widths):
-            raise InputError(
-                f"model patterns has {len(patterns)} entries for {len(self.widths)} convolutions; "
-                "give one of each"
-            )
-        if not all(1 <= n <= MAX_PATTERNS for n in patterns):
-            raise InputError(f"model patterns is {patterns}; give numbers from 1 to {MAX_PATTERNS}")
-        if self.kernel_size < 3:
-            raise InputError(f"model patterns needs kernels of 3 or more, not {self.kernel_size}")
+    def make(self, info: DatasetInfo, *, rngs: nnx.Rngs) -> CNN:
+        """Returns the network for images and classes such as a dataset's.
+
+        Raises:
+          InputError: the images are too small for the architecture, or no multiple of the patch.
+        """
+        size = {"image_shape": info.image_shape, "num_classes": info.num_classes}
+        return CNN(self, **size, rngs=rngs)
+
+    @property
+    def few_channels(self) -> bool:
+        """Whether the network is computed in the form that suits few channels."""
+        return False
+
+    def make_conv(self, index: int, n_in: int, *, rngs: nnx.Rngs) -> nnx.Module:
+        """Returns the convolution number `index`, of `n_in` channels."""
+        return nnx.Conv(
+            n_in,
+            self.widths[index],
+            kernel_size=(3, 3),
+            padding=self.padding[index],
+            use_bias=self.conv_bias,
+            kernel_init=HE_NORMAL,
+            dtype=compute_dtype(self),
+            rngs=rngs,
+        )
 
 
 def feature_shape(config: CNNConfig, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -143,7 +136,7 @@ def feature_shape(config: CNNConfig, image_shape: tuple[int, int, int]) -> tuple
         )
     height, width = height // config.patch, width // config.patch
     for padding, pool in zip(config.padding, config.pool, strict=True):
-        lost = config.kernel_size - 1 if padding == "VALID" else 0
+        lost = 2 if padding == "VALID" else 0  # of kernels of 3 x 3
         side = 2 if pool else 1
         height, width = (height - lost) // side, (width - lost) // side
         if min(height, width) < 1:
@@ -193,124 +186,10 @@ def relu_norm_pool(
 def dropout(key: jax.Array, x: jax.Array, *, rate: float | jax.Array) -> jax.Array:
     """Zeroes each element with probability `rate`, in [0, 1), and divides the others by `1 - rate`.
 
-    `nnx.Dropout`, bit for bit, but the rate may be traced: members of a study may differ in it.
+    `nnx.Dropout`, bit for bit, but the rate may be traced: replicas may differ in it.
     """
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0)
-
-
-@functools.cache
-def derivative_patterns(size: int, number: int) -> np.ndarray:
-    """Returns orthonormal patterns, whose sums are an image's derivatives at a pixel.
-
-    In order: the smoothed image, its two slopes, its Laplacian, its mixed second derivative and the
-    difference of its two pure ones. A derivative of order m along an axis is m differences of a
-    binomially smoothed signal: for a size of 3, [1, 2, 1], [1, 0, -1] and [1, -2, 1]. Kernels that
-    are such sums are the structured receptive fields of Jacobsen et al. (2016, arXiv 1605.02971),
-    there of Gaussians.
-
-    Args:
-      size: side of the patterns, at least 3.
-      number: how many of the six.
-
-    Returns:
-      float32 [number, size, size].
-    """
-    smooth, slope, bend = (
-        functools.reduce(np.convolve, [[1, -1]] * m + [[1, 1]] * (size - 1 - m), [1.0])
-        for m in range(3)
-    )
-    across, along = np.outer(smooth, bend), np.outer(bend, smooth)
-    patterns = [np.outer(smooth, smooth), np.outer(smooth, slope), np.outer(slope, smooth)]
-    patterns += [across + along, np.outer(slope, slope), across - along]
-    columns = np.stack([pattern.ravel() for pattern in patterns[:number]], axis=1)
-    return np.linalg.qr(columns)[0].T.reshape(-1, size, size).astype(np.float32)
-
-
-def pattern_sums(weights_NX: jax.Array, *, size: int) -> jax.Array:
-    """Returns kernels [size, size, ...]: sums of N derivatives' patterns by weights [N, ...]."""
-    patterns_NIJ = derivative_patterns(size, len(weights_NX))
-    return jnp.tensordot(patterns_NIJ.astype(weights_NX.dtype), weights_NX, axes=(0, 0))
-
-
-def as_computed(x: jax.Array, *params: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
-    """Returns a layer's inputs and parameters in `dtype`, or in the inputs' own if it is None."""
-    return tuple(a.astype(x.dtype if dtype is None else dtype) for a in (x, *params))
-
-
-class PatternConv(nnx.Module):
-    """A convolution whose kernels are sums of derivatives' patterns."""
-
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        *,
-        kernel_size: int,
-        patterns: int,
-        padding: Padding,
-        dtype: Any = None,
-        rngs: nnx.Rngs,
-    ):
-        """Draws the patterns' weights with the variance 2 / fan-in of He et al. (2015).
-
-        `dtype` is what the convolution computes in, by default the inputs' own.
-        """
-        init = HE_NORMAL
-        self.weights = nnx.Param(init(rngs.params(), (patterns, n_in, n_out), jnp.float32))
-        self.kernel_size = kernel_size
-        self.padding = padding
-        self.dtype = dtype
-        self.ops = REFERENCE
-
-    @property
-    def kernel(self) -> jax.Array:
-        """The kernels [I, J, C, O]."""
-        return pattern_sums(self.weights[...], size=self.kernel_size)
-
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        """Returns the convolution [B, H', W', O]."""
-        x_BHWC, kernel_IJCO = as_computed(x_BHWC, self.kernel, dtype=self.dtype)
-        return self.ops.conv(x_BHWC, kernel_IJCO, (1, 1), self.padding, dimension_numbers=NHWC)
-
-
-class SeparableConv(nnx.Module):
-    """A depthwise convolution, one kernel a channel, and a matrix over channels."""
-
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        *,
-        kernel_size: int,
-        patterns: int | None = None,
-        padding: Padding,
-        dtype: Any = None,
-        rngs: nnx.Rngs,
-    ):
-        """Draws the kernels; their product has the variance 2 / fan-in of He et al. (2015).
-
-        `patterns` is of how many derivatives' patterns the kernels are sums; by default pixels are
-        free. `dtype` is what the convolution computes in, by default the inputs' own.
-        """
-        shape = (kernel_size, kernel_size) if patterns is None else (patterns,)
-        init = nnx.initializers.normal(1 / math.sqrt(math.prod(shape)))
-        self.depth = nnx.Param(init(rngs.params(), (*shape, n_in), jnp.float32))
-        init = HE_NORMAL
-        self.point = nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
-        self.kernel_size = kernel_size
-        self.padding = padding
-        self.dtype = dtype
-        self.ops = REFERENCE
-
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        """Returns the convolution [B, H', W', O]."""
-        depth = self.depth[...]
-        depth_IJC = pattern_sums(depth, size=self.kernel_size) if depth.ndim == 2 else depth
-        x_BHWC, depth_IJC, point_CO = as_computed(
-            x_BHWC, depth_IJC, self.point[...], dtype=self.dtype
-        )
-        return self.ops.separable_conv(x_BHWC, depth_IJC, point_CO, padding=self.padding)
 
 
 def compute_dtype(config: CNNConfig) -> Any:
@@ -321,25 +200,6 @@ def compute_dtype(config: CNNConfig) -> Any:
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Returns bfloat16 as float32, and wider types as they are."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def make_conv(config: CNNConfig, index: int, n_in: int, *, rngs: nnx.Rngs) -> nnx.Module:
-    """Returns the convolution number `index`, of `n_in` channels."""
-    n_out, size = config.widths[index], config.kernel_size
-    options = {"padding": config.padding[index], "dtype": compute_dtype(config), "rngs": rngs}
-    patterns = config.patterns[index] if config.patterns else None
-    if config.separable and index > 0:
-        return SeparableConv(n_in, n_out, kernel_size=size, patterns=patterns, **options)
-    if patterns is not None:
-        return PatternConv(n_in, n_out, kernel_size=size, patterns=patterns, **options)
-    return nnx.Conv(
-        n_in,
-        n_out,
-        kernel_size=(size, size),
-        use_bias=config.conv_bias,
-        kernel_init=HE_NORMAL,
-        **options,
-    )
 
 
 class CNN(nnx.Module):
@@ -374,7 +234,7 @@ class CNN(nnx.Module):
         self.config = config
         self.image_shape = tuple(image_shape)
         self.convs = List(
-            [make_conv(config, index, n_in, rngs=rngs) for index, n_in in enumerate(inputs)]
+            [config.make_conv(index, n_in, rngs=rngs) for index, n_in in enumerate(inputs)]
         )
         self.norms = List(
             [
@@ -408,12 +268,12 @@ class CNN(nnx.Module):
 
     def use(self, ops: Ops) -> None:
         """Computes with `ops` from now on."""
-        self.ops = (ops.few_channels or ops) if self.config.separable else ops
+        self.ops = (ops.few_channels or ops) if self.config.few_channels else ops
         conv: Any
         for conv in self.convs:
             if isinstance(conv, nnx.Conv):
                 conv.conv_general_dilated = self.ops.conv
-            elif isinstance(conv, PatternConv | SeparableConv):
+            else:
                 conv.ops = self.ops
 
     def preprocess_images(self, images_BHWC: jax.Array) -> jax.Array:
@@ -472,96 +332,3 @@ class CNN(nnx.Module):
                 raise InputError(f"Dropout of {rate} needs a key in training; give one")
             features_BF = dropout(key, features_BF, rate=rate)
         return at_least_float32(self.head(features_BF))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
-    """Returns `x`, with its derivative multiplied by `factor`."""
-    return x
-
-
-@scale_gradient.defjvp
-def _scale_gradient_jvp(factor, primals, tangents):
-    return primals[0], factor * tangents[0]
-
-
-class Columns(nnx.Module):
-    """Networks side by side, of which each learns by itself; their probabilities are averaged.
-
-    Ciresan, Meier and Schmidhuber (2012, arXiv 1202.2745) call it a multi-column network. In
-    training a batch is dealt out, column j of J taking the examples j, J + j, 2 J + j, ...: so each
-    column has a loss of its own. With one loss for all they would come to lean on each other, and
-    be hardly better than one of them.
-
-    A mean over all B examples is a J-th of the sum of the columns' own means, so in training the
-    gradients of the logits are multiplied by J: each column learns as it would alone on its share.
-    """
-
-    def __init__(self, columns: Sequence[CNN]):
-        """Puts networks of images of one shape side by side."""
-        self.columns = List(columns)
-
-    def use(self, ops: Ops) -> None:
-        """Computes with `ops` from now on, as `CNN.use`."""
-        for column in self.columns:
-            column.use(ops)
-
-    def preprocess_images(self, images_BHWC: jax.Array) -> jax.Array:
-        """Returns float images in [0, 1] as each column takes them, side by side in channels."""
-        return jnp.concatenate(
-            [column.preprocess_images(images_BHWC) for column in self.columns], axis=-1
-        )
-
-    def features(self, images_BHWC: jax.Array) -> jax.Array:
-        """Returns the activations [B, F] that the columns' classifiers see, side by side."""
-        return jnp.concatenate(
-            [column.features(x) for column, x in self._seen(images_BHWC)], axis=-1
-        )
-
-    def _seen(self, images_BHWC):
-        """Returns each column with what it sees of images as `preprocess_images` returns them."""
-        shown = jnp.split(images_BHWC, len(self.columns), axis=-1)
-        return list(zip(self.columns, shown, strict=True))
-
-    def __call__(
-        self,
-        images_BHWC: jax.Array,
-        *,
-        train: bool = False,
-        key: jax.Array | None = None,
-        dropout_rate: float | jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns logits [B, K]: the log of the columns' mean probability.
-
-        In training each row is of the column that was dealt the example, so the training loss and
-        accuracy are the columns' own.
-
-        Args:
-          images_BHWC: images as `preprocess_images` returns them; in training B is a multiple of J.
-          train: as in `CNN`.
-          key: as in `CNN`.
-          dropout_rate: as in `CNN`; the same for all columns.
-
-        Raises:
-          InputError: the columns cannot share a training batch evenly, or Dropout has no key.
-        """
-        B, J = images_BHWC.shape[0], len(self.columns)
-        seen = self._seen(images_BHWC)
-        if not train:
-            logs = [jax.nn.log_softmax(column(x)) for column, x in seen]
-            return jax.nn.logsumexp(jnp.stack(logs), axis=0) - math.log(J)
-        if B % J:
-            raise InputError(f"a training batch of {B} cannot be dealt to {J} columns evenly")
-        keys = [None] * J if key is None else jax.random.split(key, J)
-        # What `preprocess_images` and the augmentation made of the others' examples is dropped.
-        # Neighbours, not halves: of a batch that devices share, each deals out its own part.
-        logits = [
-            column(
-                x.reshape(-1, J, *x.shape[1:])[:, j],
-                train=True,
-                key=keys[j],
-                dropout_rate=dropout_rate,
-            )
-            for j, (column, x) in enumerate(seen)
-        ]
-        return scale_gradient(jnp.stack(logits, axis=1).reshape(B, -1), J)

@@ -1,60 +1,205 @@
-"""Learning-rate schedules and the optimizer: optax's own parts, put together."""
+"""Learning-rate schedules and optimizers, a frozen dataclass each: optax's own parts, put together.
+
+A schedule's `make(peak, *, steps_per_epoch, epochs)` returns the learning rate as a function of the
+step; an optimizer's `make(learning_rate, **traced)` takes such a function. Whatever has the fields
+and the `make` of one of these can stand in a recipe in its place.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mnist_flax.checks import check_field_types, check_range
 from mnist_flax.errors import InputError
 
-ScheduleName = Literal["constant", "exponential", "one_cycle", "cosine"]
-OptimizerName = Literal["sgd", "adamw", "muon"]
-
-# One-cycle and cosine start at this fraction of their peak.
+# The one-cycle schedule starts at this fraction of its peak.
 START_FRACTION = 0.1
 
 
-def make_schedule(
-    name: ScheduleName,
-    *,
-    peak: float | jax.Array,
-    steps_per_epoch: int,
-    epochs: int,
-    decay: float = 1.0,
-    warmup: float = 0.0,
-) -> optax.Schedule:
-    """Returns the learning rate as a function of the step.
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """The same learning rate in every step."""
 
-    Args:
-      name: "constant"; "exponential": `peak * decay**epoch`, constant within an epoch;
-        "one_cycle": linear from a tenth of the peak up to it, then linear to 0; "cosine": the same
-        rise, then half a cosine to 0.
-      peak: the highest learning rate.
-      steps_per_epoch: steps in an epoch.
-      epochs: epochs in the run; one-cycle and cosine reach 0 at their end.
-      decay: the factor an epoch, for "exponential".
-      warmup: the rise's fraction of the run, in [0, 1), for "one_cycle" and "cosine".
+    def make(self, peak: float | jax.Array, *, steps_per_epoch: int, epochs: int) -> optax.Schedule:
+        """Returns the learning rate as a function of the step."""
+        return optax.constant_schedule(peak)
+
+
+@dataclasses.dataclass(frozen=True)
+class Staircase:
+    """Piecewise constant: `peak * decay**epoch` in an epoch that is counted from 0.
+
+    Attributes:
+      decay: the factor per epoch, in (0, 1).
     """
-    total = epochs * steps_per_epoch
-    rising = min(round(warmup * total), total - 1)  # the fall takes a step at least
-    match name:
-        case "constant":
-            return optax.constant_schedule(peak)
-        case "exponential":
-            return optax.exponential_decay(peak, steps_per_epoch, decay, staircase=True)
-        case "one_cycle":
-            fall = optax.linear_schedule(peak, 0.0, total - rising)
-        case "cosine":
-            fall = optax.cosine_decay_schedule(peak, total - rising)
-        case _:
-            raise ValueError(f"unknown schedule {name!r}")
-    rise = optax.linear_schedule(START_FRACTION * peak, peak, rising)
-    return optax.join_schedules([rise, fall], [rising])
+
+    decay: float = 0.9
+
+    def __post_init__(self):
+        check_field_types(self, prefix="schedule.")
+        check_range("schedule.decay", self.decay, 0, 1, open_low=True)
+
+    def make(self, peak: float | jax.Array, *, steps_per_epoch: int, epochs: int) -> optax.Schedule:
+        """Returns the learning rate as a function of the step."""
+        return optax.exponential_decay(peak, steps_per_epoch, self.decay, staircase=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneCycle:
+    """Linear from a tenth of the peak up to it, then linear to 0 at the run's end.
+
+    Smith and Topin (2018, arXiv 1708.07120), without the momentum's cycle.
+
+    Attributes:
+      warmup: the fraction of the run in which the rate rises, in [0, 1).
+    """
+
+    warmup: float = 0.2
+
+    def __post_init__(self):
+        check_field_types(self, prefix="schedule.")
+        check_range("schedule.warmup", self.warmup, 0, 1)
+
+    def make(self, peak: float | jax.Array, *, steps_per_epoch: int, epochs: int) -> optax.Schedule:
+        """Returns the learning rate as a function of the step."""
+        total = epochs * steps_per_epoch
+        rising = min(round(self.warmup * total), total - 1)  # the fall takes a step at least
+        rise = optax.linear_schedule(START_FRACTION * peak, peak, rising)
+        fall = optax.linear_schedule(peak, 0.0, total - rising)
+        return optax.join_schedules([rise, fall], [rising])
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent with momentum.
+
+    Attributes:
+      learning_rate: the schedule's peak, above 0.
+      momentum: in [0, 1).
+      nesterov: whether the momentum is Nesterov's.
+      weight_decay: decoupled, of kernels: the fraction that a step at learning rate 1 takes away.
+    """
+
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        check_optimizer(self)
+
+    def make(
+        self, learning_rate: optax.Schedule, *, weight_decay: float | jax.Array | None = None
+    ) -> optax.GradientTransformation:
+        """Returns the optimizer; `weight_decay` may be traced, instead of the field."""
+        return optax.chain(
+            optax.trace(self.momentum, nesterov=self.nesterov),
+            optax.add_decayed_weights(_given(weight_decay, self.weight_decay), decayed),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101).
+
+    Attributes:
+      learning_rate: the schedule's peak, above 0.
+      weight_decay: as in `SGD`.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        check_optimizer(self)
+
+    def make(
+        self, learning_rate: optax.Schedule, *, weight_decay: float | jax.Array | None = None
+    ) -> optax.GradientTransformation:
+        """Returns the optimizer; `weight_decay` may be traced, instead of the field."""
+        decay = _given(weight_decay, self.weight_decay)
+        return optax.adamw(learning_rate, weight_decay=decay, mask=decayed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """Muon (Jordan et al. 2024), and Adam for biases, BatchNorm and the classifier.
+
+    Attributes:
+      learning_rate: the schedule's peak, above 0.
+      momentum: in [0, 1).
+      nesterov: whether the momentum is Nesterov's.
+      ns_steps: Newton-Schulz iterations that make an update nearly orthogonal, at least 1.
+      adam_ratio: Adam's learning rate as a fraction of Muon's, at least 0.
+      weight_decay: as in `SGD`, of what Muon updates.
+      classifier: the name of the model's last layer, which Adam updates; None for a model that
+        has none of its own.
+    """
+
+    learning_rate: float = 0.5
+    momentum: float = 0.8
+    nesterov: bool = True
+    ns_steps: int = 3
+    adam_ratio: float = 0.05
+    weight_decay: float = 0.0
+    classifier: str | None = "head"
+
+    def __post_init__(self):
+        check_optimizer(self)
+        check_range("optimizer.ns_steps", self.ns_steps, 1, math.inf)
+        check_range("optimizer.adam_ratio", self.adam_ratio, 0, math.inf)
+
+    def make(
+        self,
+        learning_rate: optax.Schedule,
+        *,
+        adam_ratio: float | jax.Array | None = None,
+        weight_decay: float | jax.Array | None = None,
+    ) -> optax.GradientTransformation:
+        """Returns the optimizer; what may be traced stands instead of the field.
+
+        Its `init` raises InputError where no layer has the classifier's name.
+        """
+        ratio = _given(adam_ratio, self.adam_ratio)
+        muon = optax.contrib.muon(
+            learning_rate,
+            beta=self.momentum,
+            nesterov=self.nesterov,
+            ns_steps=self.ns_steps,
+            weight_decay=_given(weight_decay, self.weight_decay),
+            adam_learning_rate=lambda step: ratio * jnp.asarray(learning_rate(step)),
+            muon_weight_dimension_numbers=functools.partial(
+                muon_dimensions, classifier=self.classifier
+            ),
+        )
+        return with_classifier(optax.with_extra_args_support(muon), name=self.classifier)
+
+
+def check_optimizer(optimizer: SGD | AdamW | Muon) -> None:
+    """Checks the fields that optimizers share.
+
+    Raises:
+      InputError: one is of another type, or cannot have its value.
+    """
+    check_field_types(optimizer, prefix="optimizer.")
+    rate, decay = optimizer.learning_rate, optimizer.weight_decay
+    check_range("optimizer.learning_rate", rate, 0, math.inf, open_low=True)
+    check_range("optimizer.weight_decay", decay, 0, math.inf)
+    if not isinstance(optimizer, AdamW):
+        check_range("optimizer.momentum", optimizer.momentum, 0, 1)
+
+
+def _given(traced: Any, own: float) -> Any:
+    return own if traced is None else traced
 
 
 # Names of parameters that are no kernels, of however many axes: attention's biases have two, and
@@ -116,56 +261,3 @@ def with_classifier(
         return optimizer.init(params)
 
     return optax.GradientTransformationExtraArgs(init, optimizer.update)
-
-
-def make_optimizer(
-    name: OptimizerName,
-    *,
-    learning_rate: optax.Schedule,
-    weight_decay: float | jax.Array = 0.0,
-    momentum: float = 0.0,
-    nesterov: bool = True,
-    ns_steps: int = 5,
-    adam_ratio: float | jax.Array = 1.0,
-    classifier: str | None = "head",
-) -> optax.GradientTransformation:
-    """Returns the optimizer; weight decay is decoupled and spares biases and BatchNorm.
-
-    Args:
-      name: "sgd", "adamw" or "muon".
-      learning_rate: the learning rate as a function of the step.
-      weight_decay: the fraction of a kernel that a step at learning rate 1 takes away.
-      momentum: of "sgd" and "muon", in [0, 1).
-      nesterov: whether the momentum of "sgd" and "muon" is Nesterov's.
-      ns_steps: Newton-Schulz iterations with which "muon" makes an update nearly orthogonal.
-      adam_ratio: Adam's learning rate as a fraction of Muon's, for what "muon" leaves to it:
-        biases, BatchNorm and the classifier, none of which is decayed.
-      classifier: the name of the last layer, for "muon": as in `muon_dimensions`.
-
-    Returns:
-      The optimizer. That of "muon" raises InputError in `init` where no layer has that name.
-    """
-    match name:
-        case "sgd":
-            return optax.chain(
-                optax.trace(momentum, nesterov=nesterov),
-                optax.add_decayed_weights(weight_decay, decayed),
-                optax.scale_by_learning_rate(learning_rate),
-            )
-        case "adamw":
-            return optax.adamw(learning_rate, weight_decay=weight_decay, mask=decayed)
-        case "muon":
-            muon = optax.contrib.muon(
-                learning_rate,
-                beta=momentum,
-                nesterov=nesterov,
-                ns_steps=ns_steps,
-                weight_decay=weight_decay,
-                adam_learning_rate=lambda step: adam_ratio * jnp.asarray(learning_rate(step)),
-                muon_weight_dimension_numbers=functools.partial(
-                    muon_dimensions, classifier=classifier
-                ),
-            )
-            return with_classifier(optax.with_extra_args_support(muon), name=classifier)
-        case _:
-            raise ValueError(f"unknown optimizer {name!r}")

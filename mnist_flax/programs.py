@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from mnist_flax.data import DatasetInfo, Examples, epoch_order
 from mnist_flax.metrics import Metrics
 from mnist_flax.ops import for_platform
-from mnist_flax.recipes import (
+from mnist_flax.recipe import (
     PlateauConfig,
     Recipe,
     recipe_optimizer,

@@ -16,7 +16,7 @@ import numpy as np
 
 from mnist_flax.errors import DivergedError
 from mnist_flax.metrics import Metrics
-from mnist_flax.recipes import Recipe
+from mnist_flax.recipe import Recipe
 from mnist_flax.replicas import choose, replica
 from mnist_flax.steps import TrainState
 from mnist_flax.stopping import EarlyStopping

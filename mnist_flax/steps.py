@@ -137,10 +137,15 @@ def with_ops(state: TrainState, ops: Ops) -> TrainState:
     With `mnist_flax.ops.REFERENCE` a trained state can be differentiated in forward mode.
     """
     model = to_model(state)
+    use_ops(model, ops)
+    return dataclasses.replace(state, graphdef=nnx.graphdef(model))
+
+
+def use_ops(model: nnx.Module, ops: Ops) -> None:
+    """Makes every network in the model that has a method `use` compute by `ops`."""
     for _, node in nnx.iter_graph(model):
         if hasattr(node, "use"):
             node.use(ops)
-    return dataclasses.replace(state, graphdef=nnx.graphdef(model))
 
 
 def to_float(images_BHWC: jax.Array | np.ndarray) -> jax.Array:

@@ -11,13 +11,8 @@ from mnist_flax.data import Examples, Splits
 from mnist_flax.datasets import load_splits
 from mnist_flax.loop import fit
 from mnist_flax.model import CNNConfig
-from mnist_flax.recipes import (
-    AffineConfig,
-    OptimizerConfig,
-    PlateauConfig,
-    Recipe,
-    ScheduleConfig,
-)
+from mnist_flax.optimizer import SGD, OneCycle
+from mnist_flax.recipe import AffineConfig, PlateauConfig, Recipe
 
 # Most of the tests' time is compilation, which takes half without most of LLVM's optimizations and
 # without XLA's fusion emitters (at LLVM's level 0, runs that must be the same bits are not). `make
@@ -44,8 +39,8 @@ RECIPE = Recipe(
     batch_size=50,
     model=MODEL,
     augment=AffineConfig(rotate=10.0, shift=0.05),
-    optimizer=OptimizerConfig(learning_rate=0.05),
-    schedule=ScheduleConfig("one_cycle", warmup=0.2),
+    optimizer=SGD(learning_rate=0.05),
+    schedule=OneCycle(warmup=0.2),
     plateau=PlateauConfig(patience=1),
 )
 

@@ -22,7 +22,7 @@ from mnist_flax import checkpoint
 from mnist_flax.checkpoint import newest, progress_arrays, progress_of
 from mnist_flax.errors import CheckpointError, InputError, Interrupted
 from mnist_flax.loop import fit, initial_progress
-from mnist_flax.recipes import to_dict
+from mnist_flax.recipe import to_dict
 from mnist_flax.replicas import make_mesh
 from mnist_flax.reports.results import load_run
 from mnist_flax.workdir import claim, write_text
@@ -264,7 +264,7 @@ def test_another_format_is_one_line(run, like, read, tmp_path, monkeypatch):
     with checkpoint.open_checkpoints(tmp_path) as manager:
         checkpoint.save(manager, run, like)
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"step 0 .* is of format 0, .* reads format 2"):
+    with pytest.raises(InputError, match=r"step 0 .* is of format 0, .* reads format 3"):
         read(tmp_path, strict=False)
 
 

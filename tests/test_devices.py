@@ -25,7 +25,10 @@ from mnist_flax.evaluation import evaluate
 from mnist_flax.loop import epochs, fit
 from mnist_flax.replicas import make_mesh
 from mnist_flax.model import CNNConfig
-from mnist_flax.recipes import RECIPES, AffineConfig, OptimizerConfig, make_augment
+from mnist_flax.models.columns import ColumnsConfig
+from mnist_flax.optimizer import SGD
+from mnist_flax.recipe import AffineConfig, make_augment
+from mnist_flax.recipes import RECIPES
 from jax.sharding import NamedSharding, PartitionSpec
 
 splits = load_splits("mnist", val_size=400, seed=0, data_dir=sys.argv[1])
@@ -35,13 +38,13 @@ shape = dict(widths=(4, 8), padding=("SAME", "VALID"), pool=(True, True))
 if many < 8:
     shape = dict(widths=(4,), padding=("SAME",), pool=(True,), patch=2)
 recipe = dataclasses.replace(
-    RECIPES["seed"],
+    RECIPES["baseline"],
     val_size=400,
     epochs=2,
     batch_size=64,
     model=CNNConfig(**shape, hidden=(16,)),
     augment=AffineConfig(rotate=10.0, shift=0.1),
-    optimizer=OptimizerConfig("sgd", learning_rate=0.05),
+    optimizer=SGD(learning_rate=0.05),
 )
 
 def host(state):
@@ -82,7 +85,7 @@ for n in (1, many):
         augmented[n] = np.asarray(jax.jit(augment, out_shardings=by_batch)(key, shared))
 np.testing.assert_array_equal(augmented[1], augmented[many])
 if many == 8:
-    beside = dataclasses.replace(recipe, columns=(recipe.model,))
+    beside = dataclasses.replace(recipe, model=ColumnsConfig((recipe.model,) * 2))
     ends = [next(epochs(beside, splits, mesh=make_mesh(devices=n))) for n in (1, many)]
     losses = [result.row["train_loss"] for result in ends]
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
@@ -121,7 +124,7 @@ from mnist_flax.loop import fit
 from mnist_flax.replicas import make_mesh
 # Without a bias the background stays 0: it may not cross the ReLU's kink by a last bit.
 model = dataclasses.replace(recipe.model, conv_bias=False)
-optimizer = OptimizerConfig("sgd", learning_rate=0.01)
+optimizer = SGD(learning_rate=0.01)
 plain = dataclasses.replace(recipe, augment=AffineConfig(), model=model, optimizer=optimizer)
 replicas = many // 2
 meshes = {n: make_mesh(devices=n, replicas=replicas) for n in (1, fewer, many)}

@@ -14,7 +14,8 @@ from scipy import ndimage
 from mnist_flax.errors import InputError
 from mnist_flax.evaluation import predict
 from mnist_flax.loop import fit
-from mnist_flax.recipes import RECIPES, AffineConfig
+from mnist_flax.recipe import AffineConfig
+from mnist_flax.recipes import RECIPES
 from mnist_flax.reports import digits
 
 

@@ -32,7 +32,7 @@ SMALL += " --model.pool True True --model.hidden 16 --model.dropout 0.2"
 if not ALL:  # less to compile, in each process
     SMALL += " --model.patch 2 --model.pool False True --augment.rotate 0 --augment.zoom 0"
     SMALL += " --augment.shift 0"
-    SMALL += " --optimizer.name sgd --optimizer.ns-steps None --optimizer.adam-ratio None"
+    SMALL += " --optimizer sgd"
 # As many threads in XLA, whatever the machine, in one process and in two; in `make test-all`
 # compiled as a user's are.
 SAME_BITS = {"NPROC": "2"} | ({"XLA_FLAGS": ""} if ALL else {})
@@ -85,7 +85,8 @@ jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 from mnist_flax import errors, fit, hosts, load_splits, replicas
 from mnist_flax.evaluation import evaluate_replicas
 from mnist_flax.model import CNNConfig
-from mnist_flax.recipes import OptimizerConfig, Recipe
+from mnist_flax.optimizer import SGD
+from mnist_flax.recipe import Recipe
 
 if "JAX_COORDINATOR_ADDRESS" in os.environ:
     hosts.initialize()
@@ -95,7 +96,7 @@ splits = load_splits(
 )
 model = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), patch=2, hidden=(16,))
 recipe = Recipe(
-    val_size=200, epochs=2, batch_size=50, model=model, optimizer=OptimizerConfig("sgd", 0.05)
+    val_size=200, epochs=2, batch_size=50, model=model, optimizer=SGD(0.05)
 )
 run = dict(seeds=(3, 0), workdir=workdir, progress=False)
 try:

@@ -47,17 +47,12 @@ from mnist_flax.errors import DivergedError, InputError
 from mnist_flax.evaluation import Evaluation, evaluate, fit_temperature
 from mnist_flax.launch import command_line
 from mnist_flax.loop import fit, never
-from mnist_flax.model import CNN, CNNConfig, Columns, space_to_depth
+from mnist_flax.model import CNN, CNNConfig, space_to_depth
+from mnist_flax.models.columns import Columns, ColumnsConfig
+from mnist_flax.optimizer import SGD, AdamW, Staircase
 from mnist_flax.progress import FitResult
-from mnist_flax.recipes import (
-    RECIPES,
-    AffineConfig,
-    OptimizerConfig,
-    Recipe,
-    differences,
-    from_dict,
-    to_dict,
-)
+from mnist_flax.recipe import AffineConfig, PlateauConfig, Recipe, differences, from_dict, to_dict
+from mnist_flax.recipes import RECIPES
 from mnist_flax.reports.results import load_run, write_results
 from mnist_flax.steps import create_state
 from mnist_flax.studies import robustness
@@ -69,7 +64,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = ["--val-size", "59000", "--epochs", "2", "--batch-size", "100"]
 SMALL += ["--model.widths", "4", "8", "--model.padding", "SAME", "VALID"]
 SMALL += ["--model.pool", "True", "True", "--optimizer.learning-rate", "0.01"]
-SMALL += ["--stopping.patience", "None"]
+SMALL += ["--stopping", "None"]
 FEW = [*SMALL, "--val-size", "2000"]  # of `few_archives`: 100 steps an epoch
 NUM_TRAIN, NUM_TEST = (12_000, 2000) if ALL else (4000, 500)
 
@@ -222,7 +217,7 @@ def test_report_of_other_images_and_of_a_class_that_is_not_tested(tmp_path, monk
         batch_size=15,
         model=model,
         augment=AffineConfig(),
-        optimizer=OptimizerConfig(learning_rate=0.05),
+        optimizer=SGD(learning_rate=0.05),
     )
     run = tmp_path / "run"
     result = fit(recipe, splits, workdir=run, progress=False)
@@ -503,11 +498,11 @@ def test_the_reports_filters_are_the_first_kernels_in_pixels(name):
     lost = 1 if config.padding[0] == "VALID" else 0
     model = CNN(config, rngs=nnx.Rngs(0))
     state = create_state(jax.random.key(0), lambda _: model, optax.sgd(0.1))
-    filters_OHW = report.first_filters(state, patch=patch)
+    filters_OHW = report.first_filters(state)
     assert filters_OHW.shape == (config.widths[0], 3 * patch, 3 * patch)
     columns = Columns([model, CNN(config, rngs=nnx.Rngs(1))])
     beside = create_state(jax.random.key(0), lambda _: columns, optax.sgd(0.1))
-    np.testing.assert_array_equal(report.first_filters(beside, patch=patch), filters_OHW)
+    np.testing.assert_array_equal(report.first_filters(beside), filters_OHW)
     bright = [(14, 14), (15, 14), (14, 15)]  # of different places in a patch
     images = np.zeros((3, 28, 28, 1), np.float32)
     images[np.arange(3), *np.transpose(bright)] = 1
@@ -695,7 +690,7 @@ def test_a_precision_is_every_columns(precision):
         recipe = gpu_study.at_precision(RECIPES["accurate"], precision)
     finally:
         jax.config.update("jax_default_matmul_precision", before)
-    assert [config.precision for config in (recipe.model, *recipe.columns)] == [precision] * 2
+    assert [config.precision for config in recipe.model.columns] == [precision] * 2
 
 
 def test_the_time_to_an_accuracy_is_the_quickest_networks():
@@ -855,13 +850,18 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, data_dir, tmp_pa
         (["--model.width", "3"], "did you mean --model.widths?"),
         (["3"], "'3' is a word too many"),
         (["--epochs"], "--epochs"),
-        (["--optimizer.name", "adma"], "adma"),
+        (["--optimizer", "adma"], "optimizer 'adma' is unknown"),
+        (["--optimizer", "os:nothing"], "optimizer 'os:nothing' is unknown"),
+        (["--optimizer", "os:path"], "or give a frozen dataclass as module:Class"),
+        (["--optimizer"], "optimizer '' is unknown; choose from sgd, adamw, muon"),
+        (["--model", "columns"], "columns is empty"),
+        (["--plateau", "3"], "plateau '3' is unknown"),
         (["--epochs", "many"], "--epochs"),
         (["--epochs", "0"], "epochs is 0"),
         (["--augment.rotate", "nan"], "augment.rotate is nan"),
         (["--model.widths", "4", "-4", "4", "4"], "-4"),
-        (["--schedule.decay", "0.5"], "never reads it"),
-        (["--optimizer.momentum", "None"], "needs it"),
+        (["--schedule.decay", "0.5"], "'--schedule.decay' is not an option"),
+        (["--optimizer", "adamw", "--optimizer.momentum", "0.9"], "is not an option"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(arguments, message):
@@ -877,13 +877,13 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=6,
 )
-FIELDS = sorted(to_dict(RECIPES["seed"]))
+FIELDS = sorted(to_dict(RECIPES["baseline"]))
 
 
 @settings(deadline=None, max_examples=200)
 @given(field=st.sampled_from(FIELDS), value=JSON, inner=st.text(max_size=12))
 def test_any_recipe_file_is_a_recipe_or_an_input_error(field, value, inner):
-    values = to_dict(RECIPES["seed"])
+    values = to_dict(RECIPES["baseline"])
     if isinstance(values[field], dict) and inner in values[field]:
         values[field] = values[field] | {inner: value}
     else:
@@ -893,7 +893,7 @@ def test_any_recipe_file_is_a_recipe_or_an_input_error(field, value, inner):
 
 
 WORDS = st.sampled_from(
-    ["--epochs", "--seed", "--model.widths", "--optimizer.name", "--recipe", "--augment.rotate"]
+    ["--epochs", "--seed", "--model.widths", "--optimizer", "--recipe", "--augment.rotate"]
 ) | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=6)
 
 
@@ -940,11 +940,24 @@ def test_a_recipe_of_ones_own_is_named_by_its_file(tmp_path):
 
 
 def test_options_override_the_named_recipe():
-    name, rest = command_line.split_recipe(["--seed", "3", "--recipe", "seed", "--epochs", "1"])
-    assert (name, rest) == ("seed", ["--seed", "3", "--epochs", "1"])
+    name, rest = command_line.split_recipe(["--seed", "3", "--recipe", "baseline", "--epochs", "1"])
+    assert (name, rest) == ("baseline", ["--seed", "3", "--epochs", "1"])
     recipe = command_line.parse(Recipe, rest, default=RECIPES[name], description="")
     expected = ["epochs: 5 -> 1", "seed: 0 -> 3"]
-    assert differences(to_dict(RECIPES["seed"]), to_dict(recipe)) == expected
+    assert differences(to_dict(RECIPES["baseline"]), to_dict(recipe)) == expected
+
+
+def test_an_optimizer_is_one_step_on_the_command_line():
+    """And so are schedules, and what a recipe has none of; in any order."""
+    words = ["--optimizer.learning-rate", "1e-3", "--optimizer", "adamw", "--schedule=staircase"]
+    words += ["--schedule.decay", "0.5", "--plateau.patience", "3", "--stopping", "None"]
+    recipe = command_line.parse(Recipe, words, default=RECIPES["default"], description="")
+    assert recipe.optimizer == AdamW(learning_rate=1e-3)
+    assert recipe.schedule == Staircase(decay=0.5)
+    assert (recipe.plateau, recipe.stopping) == (PlateauConfig(patience=3), None)
+    words = ["--optimizer", "muon", "--optimizer.ns-steps", "2"]  # the recipe's own kind
+    recipe = command_line.parse(Recipe, words, default=RECIPES["tiny700"], description="")
+    assert recipe.optimizer == dataclasses.replace(RECIPES["tiny700"].optimizer, ns_steps=2)
 
 
 @pytest.mark.parametrize(
@@ -1031,11 +1044,11 @@ def test_json_has_null_for_what_is_no_number(tmp_path):
 
 
 def test_a_columns_options():
-    words = ["--columns.0.no-normalize", "--columns.0.dropout", "0.1", "--model.dropout", "0.2"]
+    words = ["--model.columns.1.no-normalize", "--model.columns.0.dropout", "0.2"]
     recipe = command_line.parse(Recipe, words, default=RECIPES["accurate"], description="")
-    (column,) = recipe.columns
-    assert (column.normalize, column.dropout, recipe.model.dropout) == (False, 0.1, 0.2)
-    assert column.widths == RECIPES["accurate"].columns[0].widths
+    first, second = recipe.model.columns
+    assert (first.dropout, second.normalize, second.dropout) == (0.2, False, 0.4)
+    assert second.widths == RECIPES["accurate"].model.columns[1].widths
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -1045,18 +1058,17 @@ def test_recipes_survive_json(name):
 
 def test_a_recipe_of_before_a_field_is_the_one_of_its_default():
     older = to_dict(RECIPES["quick"])
-    del older["columns"], older["plain_share"]
+    del older["plain_share"], older["model"]["norm_epsilon"]
     assert from_dict(older) == RECIPES["quick"]
-    assert differences(older, to_dict(RECIPES["quick"])) == []
-    changed = dataclasses.replace(RECIPES["fast"], plain_share=0.1)
-    del (older := to_dict(RECIPES["fast"]))["plain_share"]
-    assert differences(older, to_dict(changed)) == ["plain_share: 0.0 -> 0.1"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"columns": (RECIPES["fast"].model,), "batch_size": 25}, "25, which 2 columns cannot"),
+        (
+            {"model": ColumnsConfig((RECIPES["fast"].model,) * 2), "batch_size": 25},
+            "25, which 2 columns cannot",
+        ),
         ({"plain_share": 1.0}, "plain_share is 1.0"),
         ({"plain_share": 0.1, "augment": AffineConfig()}, "images are never augmented"),
     ],
@@ -1069,12 +1081,14 @@ def test_impossible_columns_and_shares(changes, message):
 @pytest.mark.parametrize(
     "values",
     [
-        {"columns": 3},
-        {"columns": [{"width": 3}]},
+        {"optimizer": {"learning_rate": 0.1}},
+        {"optimizer": {"kind": "muon", "decay": 0.1}},
+        {"optimizer": {"kind": 3}},
+        {"model": {"kind": "columns", "columns": [{"kind": "cnn", "width": 3}]}},
         {"epoch": 3},
         {"epochs": "3"},
         {"model": 3},
-        {"model": {"widths": 3}},
+        {"model": {"kind": "cnn", "widths": 3}},
         {"seed": None},
     ],
 )

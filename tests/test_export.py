@@ -15,6 +15,7 @@ from conftest import MODEL
 
 from mnist_flax.evaluation import predict
 from mnist_flax.loop import initial_state
+from mnist_flax.models.columns import ColumnsConfig
 from mnist_flax.recipes import RECIPES
 from mnist_flax.replicas import make_mesh
 from mnist_flax.reports import export
@@ -36,7 +37,7 @@ print("agreed")
     scope="module",
     params=[
         pytest.param("default", marks=pytest.mark.slow),
-        pytest.param("seed", marks=pytest.mark.slow),
+        pytest.param("baseline", marks=pytest.mark.slow),
         pytest.param("tiny700", marks=pytest.mark.slow),
         "columns",
     ],
@@ -44,8 +45,8 @@ print("agreed")
 def state(request, splits):
     """A network with statistics that are not those it began with."""
     model = dataclasses.replace(MODEL, hidden=())
-    columns = (dataclasses.replace(model, normalize=True),)
-    small = dataclasses.replace(RECIPES["quick"], model=model, columns=columns)
+    columns = ColumnsConfig((model, dataclasses.replace(model, normalize=True)))
+    small = dataclasses.replace(RECIPES["quick"], model=columns)
     recipe = small if request.param == "columns" else RECIPES[request.param]
     state = initial_state(recipe, splits.info, steps=1, mesh=make_mesh(devices=1))
     rng = np.random.default_rng(0)

@@ -11,13 +11,13 @@ import dataclasses
 import jax
 from mnist_flax import CNNConfig, Recipe, evaluate, fit, load_splits
 from mnist_flax.errors import DivergedError
-from mnist_flax.recipes import OptimizerConfig
+
 
 splits = load_splits("mnist")
 splits = dataclasses.replace(splits, train=splits.train[:20], val=splits.val[:10])
 model = CNNConfig(widths=(2,), padding=("SAME",), pool=(True,), hidden=(), patch=2, dropout=0.0)
 recipe = Recipe(val_size=10, epochs=1, batch_size=10, model=model)
-fast = dataclasses.replace(recipe, optimizer=OptimizerConfig(learning_rate=1e30))
+fast = dataclasses.replace(recipe, optimizer=SGD(learning_rate=1e30))
 try:
     fit(fast, splits, progress=False)
 except DivergedError as error:

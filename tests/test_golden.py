@@ -22,12 +22,11 @@ from mnist_flax.errors import Interrupted
 from mnist_flax.evaluation import predict
 from mnist_flax.loop import fit
 from mnist_flax.model import CNNConfig
-from mnist_flax.recipes import (
+from mnist_flax.optimizer import Muon, OneCycle
+from mnist_flax.recipe import (
     AffineConfig,
-    OptimizerConfig,
     PlateauConfig,
     Recipe,
-    ScheduleConfig,
     StoppingConfig,
     from_dict,
 )
@@ -43,8 +42,8 @@ RECIPE = Recipe(
         widths=(4, 6), padding=("SAME", "VALID"), pool=(True, True), hidden=(), dropout=0.1
     ),
     augment=AffineConfig(rotate=5.0),
-    optimizer=OptimizerConfig("muon", learning_rate=0.1, ns_steps=3, adam_ratio=0.1),
-    schedule=ScheduleConfig("one_cycle", warmup=0.2),
+    optimizer=Muon(learning_rate=0.1, ns_steps=3, adam_ratio=0.1),
+    schedule=OneCycle(warmup=0.2),
     plateau=PlateauConfig(patience=1),
     stopping=StoppingConfig(patience=5),
 )

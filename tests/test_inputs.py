@@ -14,7 +14,8 @@ from mnist_flax.errors import InputError
 from mnist_flax.evaluation import evaluate, evaluate_replicas, predict
 from mnist_flax.loop import check_fits, epochs, fit
 from mnist_flax.model import CNN, CNNConfig
-from mnist_flax.recipes import OptimizerConfig, Recipe
+from mnist_flax.optimizer import SGD
+from mnist_flax.recipe import Recipe
 from mnist_flax.replicas import make_mesh
 from mnist_flax.steps import create_state, eval_logits, eval_step, train_step
 
@@ -24,7 +25,7 @@ RECIPE = Recipe(
     epochs=2,
     batch_size=10,
     model=MODEL,
-    optimizer=OptimizerConfig(learning_rate=0.05),
+    optimizer=SGD(learning_rate=0.05),
 )
 INFO = DatasetInfo("own", "1", 3, ("a", "b", "c"), (8, 6, 1), "0" * 16)
 

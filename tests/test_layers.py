@@ -20,7 +20,7 @@ CORE = [
     "steps",
     "optimizer",
     "stopping",
-    "recipes",
+    "recipe",
     "replicas",
     "progress",
     "programs",
@@ -31,7 +31,7 @@ CORE = [
     "loop",
 ]
 # Each stands on the core and on the wings above it.
-WINGS = ("kernels", "datasets", "evaluation", "reports", "studies", "launch")
+WINGS = ("kernels", "models", "recipes", "datasets", "evaluation", "reports", "studies", "launch")
 # `for_platform` chooses a kernel, and goes without them; kernels stand on the operations.
 EXCEPT = {("ops", "kernels")}
 MAX_LINES = 90  # of a function, its docstring included

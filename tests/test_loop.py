@@ -22,12 +22,11 @@ from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluation import _logits, evaluate, predict
 from mnist_flax.loop import epochs, fit, initial_state
 from mnist_flax.model import CNN, CNNConfig
-from mnist_flax.optimizer import make_schedule
-from mnist_flax.recipes import (
+from mnist_flax.models.columns import ColumnsConfig
+from mnist_flax.optimizer import SGD, AdamW, Constant, Muon, OneCycle
+from mnist_flax.recipe import (
     AffineConfig,
-    OptimizerConfig,
     PlateauConfig,
-    ScheduleConfig,
     StoppingConfig,
     recipe_views,
 )
@@ -61,7 +60,7 @@ def test_it_learns_and_reports(whole):
     assert [row["step"] for row in result.history] == [24, 48, 72]
     assert result.history[-1]["val_accuracy"] > 0.4  # chance is 0.1
     assert result.history[-1]["val_loss"] < result.history[0]["val_loss"]
-    schedule = make_schedule("one_cycle", peak=0.05, steps_per_epoch=24, epochs=3, warmup=0.2)
+    schedule = OneCycle(warmup=0.2).make(0.05, steps_per_epoch=24, epochs=3)
     rates = [row["learning_rate"] for row in result.history]
     expected = np.array([schedule(step) for step in (23, 47, 71)])
     np.testing.assert_allclose(rates, expected, rtol=0, atol=0.05 * 2e-7)  # float32 of the peak
@@ -191,9 +190,9 @@ def test_early_stopping_restores_the_best_epoch(small, splits, tmp_path):
         epochs=30,
         model=TINY,
         augment=AffineConfig(),
-        optimizer=OptimizerConfig("adamw", learning_rate=0.05, momentum=None),
-        schedule=ScheduleConfig(),
-        plateau=PlateauConfig(),
+        optimizer=AdamW(learning_rate=0.05),
+        schedule=Constant(),
+        plateau=None,
         stopping=StoppingConfig(patience=2),
     )
     result = fit(recipe, small, workdir=tmp_path, progress=False)
@@ -235,7 +234,7 @@ def test_plateau_lowers_the_rate_and_the_row_says_so(small):
         RECIPE,
         model=TINY,
         augment=AffineConfig(),
-        schedule=ScheduleConfig(),
+        schedule=Constant(),
         plateau=PlateauConfig(patience=1, factor=0.5, min_delta=0.99),
     )
     rates = [result.row["learning_rate"] for result in epochs(recipe, small)]
@@ -244,7 +243,7 @@ def test_plateau_lowers_the_rate_and_the_row_says_so(small):
 
 def test_without_validation_the_last_state_is_kept(small):
     recipe = dataclasses.replace(
-        RECIPE, val_size=0, epochs=2, model=TINY, augment=AffineConfig(), plateau=PlateauConfig()
+        RECIPE, val_size=0, epochs=2, model=TINY, augment=AffineConfig(), plateau=None
     )
     everything = dataclasses.replace(small, val=head(small.val, 0))
     result = fit(recipe, everything, progress=False)
@@ -254,9 +253,7 @@ def test_without_validation_the_last_state_is_kept(small):
 
 def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(small):
     """After one epoch of the recipe's rates, one of hardly any: the parameters stay."""
-    slow = dataclasses.replace(
-        RECIPE, schedule=ScheduleConfig(), optimizer=OptimizerConfig(learning_rate=1e-9)
-    )
+    slow = dataclasses.replace(RECIPE, schedule=Constant(), optimizer=SGD(learning_rate=1e-9))
     first = next(epochs(RECIPE, small))
     second = next(epochs(slow, small, start=first.state))
     assert second.row["learning_rate"] == pytest.approx(1e-9)
@@ -264,7 +261,7 @@ def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(small):
         lambda new, old: np.testing.assert_allclose(new, old, rtol=0, atol=1e-6),
         *(jax.tree.map(np.asarray, result.state.params) for result in (second, first)),
     )
-    other = dataclasses.replace(RECIPE, optimizer=OptimizerConfig("adamw", momentum=None))
+    other = dataclasses.replace(RECIPE, optimizer=AdamW())
     with pytest.raises(InputError, match="another kind of optimizer"):
         next(epochs(other, small, start=first.state))
 
@@ -288,9 +285,8 @@ def test_each_column_learns(small):
     recipe = dataclasses.replace(
         RECIPE,
         augment=AffineConfig(),
-        model=model,
-        columns=(dataclasses.replace(model, normalize=True),),
-        optimizer=OptimizerConfig("muon", learning_rate=0.2, ns_steps=2, adam_ratio=0.1),
+        model=ColumnsConfig((model, dataclasses.replace(model, normalize=True))),
+        optimizer=Muon(learning_rate=0.2, ns_steps=2, adam_ratio=0.1),
     )
     state = fit(recipe, small, progress=False).state
     network = to_model(state)
@@ -305,7 +301,7 @@ def test_each_column_learns(small):
 def test_divergence_stops_the_run(small, tmp_path):
     images = small.train.images
     recipe = dataclasses.replace(
-        RECIPE, optimizer=OptimizerConfig(learning_rate=1e30), model=MODEL, plateau=PlateauConfig()
+        RECIPE, optimizer=SGD(learning_rate=1e30), model=MODEL, plateau=None
     )
     with pytest.raises(DivergedError, match="training diverged; lower the learning rate"):
         fit(recipe, small, workdir=tmp_path, progress=False)
@@ -320,9 +316,9 @@ def test_parameters_that_are_not_finite_are_noticed_after_the_last_step(small):
         epochs=1,
         model=TINY,
         augment=AffineConfig(),
-        optimizer=OptimizerConfig(learning_rate=1e30),
-        schedule=ScheduleConfig(),
-        plateau=PlateauConfig(),
+        optimizer=SGD(learning_rate=1e30),
+        schedule=Constant(),
+        plateau=None,
     )
     batch = dataclasses.replace(small, train=head(small.train, 50), val=head(small.val, 0))
     with pytest.raises(DivergedError, match="norm of the parameters"):

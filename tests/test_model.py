@@ -16,21 +16,22 @@ from flax import nnx
 
 from mnist_flax import kernels, ops
 from mnist_flax.compat import as_pure
-from mnist_flax.data import Examples
+from mnist_flax.data import DatasetInfo, Examples
 from mnist_flax.errors import InputError
-from mnist_flax.model import (
-    CNN,
-    CNNConfig,
-    Columns,
+from mnist_flax.model import CNN, CNNConfig, feature_shape, space_to_depth
+from mnist_flax.models.columns import Columns, ColumnsConfig
+from mnist_flax.models.separable import (
+    SeparableConfig,
     SeparableConv,
     derivative_patterns,
-    feature_shape,
     pattern_sums,
-    space_to_depth,
 )
 from mnist_flax.moments import normalize
-from mnist_flax.recipes import RECIPES, SEED, recipe_state
+from mnist_flax.recipe import recipe_state
+from mnist_flax.recipes import BASELINE, RECIPES
 from mnist_flax.steps import create_state, eval_logits, to_model, train_step, with_ops
+
+INFO = DatasetInfo("mnist", "", 10, tuple("0123456789"), (28, 28, 1), "")
 
 
 def count(tree):
@@ -42,20 +43,24 @@ def images(batch, shape=(28, 28, 1), seed=0):
 
 
 def test_the_seed_recipes_model_is_the_notebooks_network():
-    model = CNN(SEED.model, rngs=nnx.Rngs(0))
+    model = CNN(BASELINE.model, rngs=nnx.Rngs(0))
     assert count(nnx.state(model, nnx.Param)) == 915_146
     assert count(nnx.state(model, nnx.BatchStat)) == 448
-    assert feature_shape(SEED.model, (28, 28, 1)) == (5, 5, 128)
+    assert feature_shape(BASELINE.model, (28, 28, 1)) == (5, 5, 128)
     assert model.features(images(2)).shape == (2, 256)
+
+
+def call_prepared(model, x, *, train):
+    return model(model.preprocess_images(x), train=train, key=jax.random.key(1))
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_shapes_and_dtypes(name):
-    model = nnx.eval_shape(lambda: CNN(RECIPES[name].model, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: RECIPES[name].model.make(INFO, rngs=nnx.Rngs(0)))
     for train in (False, True):
-        forward = functools.partial(CNN.__call__, train=train, key=jax.random.key(1))
-        logits_BK = nnx.eval_shape(forward, model, images(3))
-        assert (logits_BK.shape, logits_BK.dtype) == ((3, 10), jnp.float32)
+        forward = functools.partial(call_prepared, train=train)
+        logits_BK = nnx.eval_shape(forward, model, images(4))
+        assert (logits_BK.shape, logits_BK.dtype) == ((4, 10), jnp.float32)
 
 
 def test_other_images_and_classes():
@@ -153,7 +158,8 @@ def test_columns_draw_their_own_dropout():
 def tiny_columns(own, *, rngs):
     """One column of a separable network on normalized images, one of neither."""
     config = dataclasses.replace(SMALL, widths=(4, 8), padding=("SAME",) * 2, pool=(False, True))
-    separable = dataclasses.replace(config, normalize=True, separable=True, conv_bias=False)
+    fields = dataclasses.asdict(config) | dict(normalize=True, conv_bias=False)
+    separable = SeparableConfig(**fields)
     options = {"image_shape": (12, 12, 1), "ops": own, "rngs": rngs}
     return Columns([CNN(each, **options) for each in (separable, SMALL)])
 
@@ -180,7 +186,9 @@ def test_operations_are_a_part_of_the_graph():
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_a_recipes_state_has_the_operations_that_it_is_given(splits, platform):
-    recipe = dataclasses.replace(RECIPES["quick"], columns=(RECIPES["tiny700"].model,))
+    recipe = dataclasses.replace(
+        RECIPES["quick"], model=ColumnsConfig((RECIPES["quick"].model, RECIPES["tiny700"].model))
+    )
     own = ops.for_platform(platform)
     state = jax.eval_shape(lambda: recipe_state(recipe, splits.info, steps_per_epoch=1, ops=own))
     model = nnx.merge(state.graphdef, state.params, state.batch_stats)
@@ -334,7 +342,7 @@ def test_batch_statistics_against_numpy():
 @pytest.mark.parametrize(("padding", "border"), [("VALID", 0), ("SAME", 1)])
 def test_a_separable_convolution_is_a_depthwise_and_a_pointwise_one(padding, border):
     """Each channel by its own kernel, then the matrix over channels, in numpy."""
-    conv = SeparableConv(3, 4, kernel_size=3, padding=padding, rngs=nnx.Rngs(0))
+    conv = SeparableConv(3, 4, padding=padding, rngs=nnx.Rngs(0))
     x = np.asarray(images(2, (6, 7, 3)), np.float64)
     depth_IJC, point_CO = (np.asarray(p[...], np.float64) for p in (conv.depth, conv.point))
     padded = np.pad(x, ((0, 0), (border, border), (border, border), (0, 0)))
@@ -344,19 +352,17 @@ def test_a_separable_convolution_is_a_depthwise_and_a_pointwise_one(padding, bor
 
 
 def test_separable_convolutions_start_with_the_variance_of_full_ones():
-    conv = SeparableConv(64, 256, kernel_size=3, padding="SAME", rngs=nnx.Rngs(0))
+    conv = SeparableConv(64, 256, padding="SAME", rngs=nnx.Rngs(0))
     kernel_IJCO = np.einsum("ijc,co->ijco", conv.depth[...], conv.point[...])
     assert np.var(kernel_IJCO) == pytest.approx(2 / (3 * 3 * 64), rel=0.2)
 
 
 @pytest.mark.parametrize("scale", [True, False])
 def test_a_separable_network_counted_by_hand(scale):
-    config = CNNConfig(
+    config = SeparableConfig(
         widths=(8, 12),
         padding=("SAME", "VALID"),
         pool=(True, False),
-        separable=True,
-        conv_bias=False,
         norm_scale=scale,
         head="mean",
         hidden=(),
@@ -373,7 +379,7 @@ def test_patterns_of_three_by_hand():
     across, along = np.outer(smooth, bend), np.outer(bend, smooth)
     derivatives = [np.outer(smooth, smooth), np.outer(smooth, slope), np.outer(slope, smooth)]
     derivatives += [across + along, np.outer(slope, slope), across - along]
-    found = derivative_patterns(3, 6).reshape(6, 9)
+    found = derivative_patterns(6).reshape(6, 9)
     np.testing.assert_allclose(found @ found.T, np.eye(6), atol=1e-6)
     # Each derivative needs the patterns up to its own, and no later one.
     weights = np.stack([derivative.ravel() for derivative in derivatives]) @ found.T
@@ -382,23 +388,10 @@ def test_patterns_of_three_by_hand():
     assert np.all(np.abs(np.diag(weights)) > 1)
 
 
-@pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("number", range(1, 7))
-def test_fewer_patterns_are_the_first_of_more(size, number):
-    first = derivative_patterns(size, 6)[:number]
-    np.testing.assert_allclose(derivative_patterns(size, number), first, atol=1e-6)
-
-
-def test_patterns_of_five_see_derivatives_of_polynomials():
-    """Over an image x + 3 y + x y, slopes are linear and the Laplacian is 0."""
-    y, x = np.mgrid[-2:3, -2:3].astype(np.float32)
-    image = x + 3 * y + x * y
-    seen = derivative_patterns(5, 6).reshape(6, 25) @ image.ravel()
-    assert seen[0] == pytest.approx(0, abs=1e-5)
-    assert seen[2] / seen[1] == pytest.approx(3, rel=1e-5)
-    assert seen[3] == pytest.approx(0, abs=1e-5)
-    assert abs(seen[4]) > 1
-    assert seen[5] == pytest.approx(0, abs=1e-5)
+def test_fewer_patterns_are_the_first_of_more(number):
+    first = derivative_patterns(6)[:number]
+    np.testing.assert_allclose(derivative_patterns(number), first, atol=1e-6)
 
 
 def test_a_network_of_patterns_against_one_of_free_kernels():
@@ -413,7 +406,7 @@ def test_a_network_of_patterns_against_one_of_free_kernels():
     few, many = (CNN(c, rngs=nnx.Rngs(0)) for c in (config, free))
     many.convs[0].kernel[...] = few.convs[0].kernel
     for structured, plain in zip(few.convs[1:], many.convs[1:], strict=True):
-        plain.depth[...] = pattern_sums(structured.depth[...], size=3)
+        plain.depth[...] = pattern_sums(structured.depth[...])
         plain.point[...] = structured.point[...]
     many.head.kernel[...] = few.head.kernel[...]
     logits = [nnx.jit(CNN.__call__)(model, images(3)) for model in (few, many)]
@@ -455,7 +448,7 @@ def test_a_norm_without_a_scale_is_one_with_a_scale_of_one():
 
 @pytest.mark.parametrize(("name", "most"), [("tiny700", 700), ("tiny2k", 2000), ("tiny8k", 8000)])
 def test_the_tiny_recipes_have_few_parameters(name, most):
-    model = nnx.eval_shape(lambda: CNN(RECIPES[name].model, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: RECIPES[name].model.make(INFO, rngs=nnx.Rngs(0)))
     assert 0.9 * most < count(nnx.state(model, nnx.Param)) <= most
     assert RECIPES[name].val_size == 0
 
@@ -471,13 +464,12 @@ def test_the_mean_head_averages_what_the_flat_one_keeps():
     assert models[1](images(2)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("separable", [False, True])
-def test_bfloat16_rounds_what_is_multiplied_and_nothing_else(separable):
-    config = CNNConfig(
+@pytest.mark.parametrize("kind", [CNNConfig, SeparableConfig])
+def test_bfloat16_rounds_what_is_multiplied_and_nothing_else(kind):
+    config = kind(
         widths=(4, 6),
         padding=("VALID", "VALID"),
         pool=(False, False),
-        separable=separable,
         conv_bias=False,
         hidden=(8,),
         dropout=0.0,
@@ -505,7 +497,7 @@ def test_bfloat16_rounds_what_is_multiplied_and_nothing_else(separable):
 
 
 def test_evaluation_changes_nothing_and_training_moves_statistics():
-    model = CNN(SEED.model, rngs=nnx.Rngs(0))
+    model = CNN(BASELINE.model, rngs=nnx.Rngs(0))
     before = jax.tree.map(np.asarray, as_pure(nnx.state(model, nnx.BatchStat)))
     model(images(4))
     unchanged = as_pure(nnx.state(model, nnx.BatchStat))
@@ -516,7 +508,7 @@ def test_evaluation_changes_nothing_and_training_moves_statistics():
 
 
 def test_dropout_follows_its_key_and_is_off_in_evaluation():
-    config = dataclasses.replace(SEED.model, dropout=0.5)
+    config = dataclasses.replace(BASELINE.model, dropout=0.5)
     model, x = CNN(config, rngs=nnx.Rngs(0)), images(4)
     first = model(x, train=True, key=jax.random.key(0))
     assert np.array_equal(first, model(x, train=True, key=jax.random.key(0)))
@@ -538,14 +530,6 @@ def test_space_to_depth_by_hand():
         ({"pool": (True,)}, "3, 3 and 1 entries"),
         ({"padding": ("VALID", "FULL", "SAME")}, "FULL"),
         ({"head": "max"}, "head 'max' is unknown"),
-        ({"separable": True}, "separable and conv_bias"),
-        ({"patterns": (6, 4, 4)}, "only separable networks"),
-        ({"separable": True, "conv_bias": False, "patterns": (6, 4)}, "2 entries for 3"),
-        ({"separable": True, "conv_bias": False, "patterns": (6, 0, 7)}, "from 1 to 6"),
-        (
-            {"separable": True, "conv_bias": False, "patterns": (1, 1, 1), "kernel_size": 2},
-            "kernels of 3",
-        ),
         ({"precision": "float16"}, "precision 'float16' is unknown"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"dropout": float("nan")}, "dropout is nan"),
@@ -556,6 +540,20 @@ def test_space_to_depth_by_hand():
 def test_impossible_architectures(options, message):
     with pytest.raises(InputError, match=message):
         CNNConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patterns": (6, 4)}, "2 entries for 3"),
+        ({"patterns": (6, 0, 7)}, "from 1 to 6"),
+        ({"patterns": (6, 4, 4), "conv_bias": True}, "conv_bias and patterns"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_impossible_separable_architectures(options, message):
+    with pytest.raises(InputError, match=message):
+        SeparableConfig(**options)
 
 
 @pytest.mark.parametrize(("patch", "shape"), [(1, (6, 6, 1)), (3, (28, 28, 1))])

@@ -1,19 +1,25 @@
 """Schedules and optimizers against values worked out by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mnist_flax.errors import InputError
-from mnist_flax.optimizer import decayed, make_optimizer, make_schedule, muon_dimensions
-from mnist_flax.recipes import (
-    RECIPES,
-    OptimizerConfig,
-    Recipe,
-    recipe_optimizer,
-    recipe_schedule,
+from mnist_flax.optimizer import (
+    SGD,
+    AdamW,
+    Constant,
+    Muon,
+    OneCycle,
+    Staircase,
+    decayed,
+    muon_dimensions,
 )
+from mnist_flax.recipe import TRACEABLE, Recipe, recipe_optimizer, recipe_schedule
+from mnist_flax.recipes import RECIPES
 
 PARAMS = {
     "convs": {"kernel": jnp.full((3, 3, 2, 4), 2.0), "bias": jnp.full((4,), 2.0)},
@@ -23,33 +29,30 @@ PARAMS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "expected"),
+    ("schedule", "expected"),
     [
-        ("constant", {}, {0: 0.4, 39: 0.4}),
-        ("exponential", {"decay": 0.5}, {0: 0.4, 9: 0.4, 10: 0.2, 19: 0.2, 20: 0.1, 39: 0.05}),
-        ("one_cycle", {"warmup": 0.25}, {0: 0.04, 5: 0.22, 10: 0.4, 25: 0.2, 40: 0.0}),
-        ("cosine", {"warmup": 0.25}, {0: 0.04, 5: 0.22, 10: 0.4, 25: 0.2, 40: 0.0}),
-        ("cosine", {"warmup": 0.0}, {0: 0.4, 10: 0.2 * (1 + 2**-0.5), 20: 0.2, 40: 0.0}),
+        (Constant(), {0: 0.4, 39: 0.4}),
+        (Staircase(decay=0.5), {0: 0.4, 9: 0.4, 10: 0.2, 19: 0.2, 20: 0.1, 39: 0.05}),
+        (OneCycle(warmup=0.25), {0: 0.04, 5: 0.22, 10: 0.4, 25: 0.2, 40: 0.0}),
+        (OneCycle(warmup=0.0), {0: 0.4, 10: 0.3, 20: 0.2, 40: 0.0}),
     ],
+    ids=str,
 )
-def test_schedules_by_hand(name, options, expected):
-    schedule = make_schedule(name, peak=0.4, steps_per_epoch=10, epochs=4, **options)
+def test_schedules_by_hand(schedule, expected):
+    schedule = schedule.make(0.4, steps_per_epoch=10, epochs=4)
     for step, value in expected.items():
         np.testing.assert_allclose(schedule(step), value, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["one_cycle", "cosine"])
-def test_a_run_of_few_steps_has_its_fall_too(name):
+def test_a_run_of_few_steps_has_its_fall_too():
     """Rounded, the rise would take both steps."""
-    schedule = make_schedule(name, peak=0.4, steps_per_epoch=2, epochs=1, warmup=0.9)
+    schedule = OneCycle(warmup=0.9).make(0.4, steps_per_epoch=2, epochs=1)
     np.testing.assert_allclose([schedule(step) for step in range(3)], [0.04, 0.4, 0.0], atol=1e-8)
 
 
 def test_sgd_by_hand():
     """Two steps of Nesterov momentum with decoupled decay, on gradient 1 at rate 0.1."""
-    optimizer = make_optimizer(
-        "sgd", learning_rate=lambda _: 0.1, momentum=0.9, nesterov=True, weight_decay=0.5
-    )
+    optimizer = SGD(momentum=0.9, nesterov=True, weight_decay=0.5).make(lambda _: 0.1)
     params, state = PARAMS, optimizer.init(PARAMS)
     for _ in range(2):
         updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
@@ -64,10 +67,10 @@ def test_sgd_by_hand():
     np.testing.assert_allclose(params["head"]["kernel"], kernel, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
-def test_decay_spares_biases_and_batch_norm(name):
+@pytest.mark.parametrize("kind", [SGD, AdamW, Muon])
+def test_decay_spares_biases_and_batch_norm(kind):
     """With gradients of 0, only decay moves a parameter."""
-    optimizer = make_optimizer(name, learning_rate=lambda _: 0.1, momentum=0.9, weight_decay=0.5)
+    optimizer = kind(weight_decay=0.5).make(lambda _: 0.1)
     grads = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
     assert not updates["convs"]["bias"].any()
@@ -78,7 +81,7 @@ def test_decay_spares_biases_and_batch_norm(name):
 
 def test_a_newton_schulz_iteration_by_hand():
     """X to aX + bAX + cAAX with A = XX', after X is divided by its Frobenius norm."""
-    optimizer = make_optimizer("muon", learning_rate=lambda _: 1.0, nesterov=False, ns_steps=1)
+    optimizer = Muon(momentum=0.0, nesterov=False, ns_steps=1).make(lambda _: 1.0)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
     updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
@@ -101,7 +104,7 @@ def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
     assert dimensions["convs"]["bias"] is None
     assert dimensions["norms"]["scale"] is None
     assert dimensions["head"]["kernel"] is None
-    optimizer = make_optimizer("muon", learning_rate=lambda _: 1.0, momentum=0.9, adam_ratio=0.25)
+    optimizer = Muon(momentum=0.9, ns_steps=5, adam_ratio=0.25).make(lambda _: 1.0)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
     updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
@@ -119,30 +122,55 @@ def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
 
 def test_a_recipes_schedule_is_its_own():
     """The notebook's: 0.01, times 0.9 after each epoch."""
-    schedule = recipe_schedule(RECIPES["seed"], steps_per_epoch=10)
+    schedule = recipe_schedule(RECIPES["baseline"], steps_per_epoch=10)
     np.testing.assert_allclose([schedule(step) for step in (0, 9, 10)], [0.01, 0.01, 0.009])
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("kind", "options"),
     [
-        ("sgd", dict(momentum=0.5, nesterov=False, weight_decay=0.3)),
-        ("muon", dict(momentum=0.5, nesterov=False, ns_steps=1, adam_ratio=0.7, weight_decay=0.3)),
+        (SGD, dict(momentum=0.5, nesterov=False, weight_decay=0.3)),
+        (AdamW, dict(weight_decay=0.3)),
+        (
+            Muon,
+            dict(
+                momentum=0.5,
+                nesterov=False,
+                ns_steps=1,
+                adam_ratio=0.7,
+                weight_decay=0.3,
+                classifier=None,
+            ),
+        ),
     ],
 )
-def test_a_recipes_optimizer_has_all_of_its_options(name, options):
-    """Two updates, by options of which none is a default."""
-    recipe = Recipe(optimizer=OptimizerConfig(name, learning_rate=0.2, **options))
-    made = make_optimizer(name, learning_rate=lambda _: 0.2, **options)
-    grads = jax.tree.map(lambda p: jnp.arange(p.size, dtype=p.dtype).reshape(p.shape) - 3, PARAMS)
-    ends = []
-    for optimizer in (recipe_optimizer(recipe, steps_per_epoch=10), made):
+def test_each_option_of_an_optimizer_has_an_effect(kind, options):
+    """Of two updates, by options of which none is a default."""
+    rng = np.random.default_rng(0)
+    first, second = (
+        jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
+        for _ in range(2)
+    )
+
+    def end(own, **traced):
+        recipe = Recipe(optimizer=own)
+        optimizer = recipe_optimizer(recipe, steps_per_epoch=10, traced=traced)
         params, state = PARAMS, optimizer.init(PARAMS)
-        for _ in range(2):
+        for grads in (first, second):
             updates, state = optimizer.update(grads, state, params)
             params = jax.tree.map(jnp.add, params, updates)
-        ends.append(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), *ends)
+        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
+
+    own = kind(learning_rate=0.2, **options)
+    assert {field.name for field in dataclasses.fields(kind)} == {"learning_rate", *options}
+    expected = end(own)
+    for field in dataclasses.fields(kind):
+        default = dataclasses.replace(own, **{field.name: field.default})
+        assert jnp.abs(end(default) - expected).max() > 1e-4, field.name
+        traced = f"optimizer.{field.name}"
+        if traced in TRACEABLE:  # instead of the field
+            as_traced = end(default, **{traced: jnp.asarray(getattr(own, field.name))})
+            np.testing.assert_allclose(as_traced, expected, rtol=1e-6, atol=1e-6)
 
 
 OWN = {
@@ -178,14 +206,14 @@ def test_the_classifier_is_the_layer_of_that_name(classifier, left):
 @pytest.mark.parametrize("classifier", ["head", "fc_out"])
 def test_a_classifier_that_is_not_there_is_refused(classifier):
     """`head` of OWN holds a layer, and is none."""
-    optimizer = make_optimizer("muon", learning_rate=lambda _: 0.1, classifier=classifier)
+    optimizer = Muon(classifier=classifier).make(lambda _: 0.1)
     with pytest.raises(InputError, match=f"no layer is named '{classifier}'.*classifier"):
         optimizer.init(OWN)
 
 
 def test_an_own_classifier_is_left_to_adam():
     """Adam's first step is the rate in every element; Muon's differs by element."""
-    optimizer = make_optimizer("muon", learning_rate=lambda _: 1.0, classifier="fc")
+    optimizer = Muon(adam_ratio=1.0, classifier="fc").make(lambda _: 1.0)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), OWN)
     updates, _ = optimizer.update(grads, optimizer.init(OWN), OWN)
@@ -199,7 +227,7 @@ def test_an_own_classifier_is_left_to_adam():
 def test_biases_of_stacked_networks_are_not_kernels():
     stacked = jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS)
     assert decayed(stacked) == decayed(PARAMS)
-    optimizer = make_optimizer("sgd", learning_rate=lambda _: 0.1, weight_decay=0.5)
+    optimizer = SGD(weight_decay=0.5).make(lambda _: 0.1)
     grads = jax.tree.map(jnp.zeros_like, stacked)
     updates, _ = optimizer.update(grads, optimizer.init(stacked), stacked)
     assert not updates["convs"]["bias"].any()

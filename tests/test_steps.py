@@ -15,7 +15,7 @@ from mnist_flax.data import Examples
 from mnist_flax.errors import InputError
 from mnist_flax.model import CNN, CNNConfig
 from mnist_flax.moments import normalize
-from mnist_flax.optimizer import make_optimizer
+from mnist_flax.optimizer import SGD, AdamW, Muon
 from mnist_flax.steps import (
     Purpose,
     create_state,
@@ -29,7 +29,7 @@ from mnist_flax.steps import (
 )
 
 CONFIG = CNNConfig(widths=(4, 8), padding=("SAME", "VALID"), pool=(True, True), hidden=(16,))
-OPTIMIZER = make_optimizer("sgd", learning_rate=lambda _: 0.1, momentum=0.9, weight_decay=0.01)
+OPTIMIZER = SGD(momentum=0.9, weight_decay=0.01).make(lambda _: 0.1)
 AUGMENT = functools.partial(random_affine, rotate=10.0, shift=0.1, zoom=0.1)
 
 
@@ -64,7 +64,7 @@ def step():
 def test_a_step_by_hand(batch):
     """Logistic regression's gradient in numpy: the last layer, with everything before it frozen."""
     config = dataclasses.replace(CONFIG, dropout=0.0)
-    optimizer = make_optimizer("sgd", learning_rate=lambda _: 0.1)
+    optimizer = optax.sgd(0.1)
     state = create_state(jax.random.key(0), lambda rngs: CNN(config, rngs=rngs), optimizer)
     see = nnx.jit(functools.partial(CNN.features, train=True))
     features_BF = np.asarray(see(to_model(state), to_float(batch.images)), np.float64)
@@ -384,14 +384,14 @@ def test_parameters_are_drawn_by_keys_that_the_run_does_not_use():
     assert not own & used
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
-def test_dtypes_stay_in_x64(name):
+@pytest.mark.parametrize("kind", [SGD, AdamW, Muon])
+def test_dtypes_stay_in_x64(kind):
     """A state that changes them cannot be scanned over, and compiles twice."""
     rng = np.random.default_rng(0)
     images, labels = rng.uniform(size=(4, 28, 28, 1)), rng.integers(0, 10, 4)
     with jax.enable_x64(True):
         rate = optax.linear_schedule(0.1, 0.0, 10)
-        optimizer = make_optimizer(name, learning_rate=rate, momentum=0.9, weight_decay=0.01)
+        optimizer = kind(weight_decay=0.01).make(rate)
         state = create_state(jax.random.key(0), lambda rngs: CNN(CONFIG, rngs=rngs), optimizer)
         batch = Examples(jnp.asarray(images), jnp.asarray(labels))
         assert (batch.images.dtype, batch.labels.dtype) == (np.float64, np.int64)

@@ -15,12 +15,12 @@ from mnist_flax.datasets import load_splits
 from mnist_flax.errors import CheckpointError, DivergedError, InputError, Interrupted
 from mnist_flax.evaluation import evaluate, evaluate_replicas
 from mnist_flax.loop import Trainer, fit, initial_progress
-from mnist_flax.recipes import (
+from mnist_flax.models.columns import ColumnsConfig
+from mnist_flax.optimizer import AdamW, Constant, Muon
+from mnist_flax.recipe import (
     TRACEABLE,
     AffineConfig,
-    OptimizerConfig,
     PlateauConfig,
-    ScheduleConfig,
     StoppingConfig,
     recipe_views,
     replica_recipes,
@@ -37,8 +37,8 @@ SEEDS = (3, 0, 8)
 STOPPING = dataclasses.replace(
     PLAIN,
     epochs=12,
-    optimizer=OptimizerConfig("adamw", learning_rate=0.02, momentum=None),
-    schedule=ScheduleConfig(),
+    optimizer=AdamW(learning_rate=0.02),
+    schedule=Constant(),
     plateau=PlateauConfig(patience=1, min_delta=0.05),
     stopping=StoppingConfig(patience=1),
 )
@@ -91,8 +91,8 @@ def test_a_varied_number_is_the_recipes_own(small):
         model=TINY,
         plain_share=0.5,
         augment=AffineConfig(rotate=5.0),
-        optimizer=OptimizerConfig("muon", learning_rate=0.1, ns_steps=2, adam_ratio=0.1),
-        plateau=PlateauConfig(),
+        optimizer=Muon(learning_rate=0.1, ns_steps=2, adam_ratio=0.1),
+        plateau=None,
     )
     values = {
         "label_smoothing": (0.0, 0.2),
@@ -201,8 +201,8 @@ def test_bad_input_is_refused_before_anything_is_written(small, study, tmp_path)
     refuse("seeds is empty", seeds=())
     refuse("'epochs' cannot differ by replica", vary={"epochs": [1, 2]})
     refuse("has 3 values for 2 seeds", vary={"label_smoothing": [0.0, 0.1, 0.2]})
-    beside = dataclasses.replace(STOPPING, columns=(MODEL,))
-    with pytest.raises(InputError, match="is one column's"):
+    beside = dataclasses.replace(STOPPING, model=ColumnsConfig((MODEL, MODEL)))
+    with pytest.raises(InputError, match=r"has no number 'model\.dropout'"):
         fit(beside, small, seeds=(0, 1), vary={"model.dropout": [0.0, 0.1]})
     refuse("label_smoothing is 1.5", vary={"label_smoothing": [0.0, 1.5]})
     refuse("has no number 'optimizer.adam_ratio'", vary={"optimizer.adam_ratio": [0.1, 0.2]})

@@ -8,6 +8,7 @@ import time
 
 BEGAN = time.perf_counter()
 
+import dataclasses
 import functools
 
 import jax
@@ -18,11 +19,9 @@ from mnist_flax import random_affine
 from mnist_flax.datasets import load_splits
 from mnist_flax.feed import stream_batches
 from mnist_flax.launch import runtime
-from mnist_flax.recipes import SEED
+from mnist_flax.recipes import BASELINE
 
-AFFINE = functools.partial(
-    random_affine, rotate=SEED.augment.rotate, shift=SEED.augment.shift, zoom=SEED.augment.zoom
-)
+AFFINE = functools.partial(random_affine, **dataclasses.asdict(BASELINE.augment))
 
 
 def affine(images_NHWC: np.ndarray, batch_size: int):

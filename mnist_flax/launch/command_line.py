@@ -21,7 +21,15 @@ import tyro
 from mnist_flax import hosts
 from mnist_flax.errors import DivergedError, InputError
 from mnist_flax.launch import runtime
-from mnist_flax.recipes import RECIPES, Recipe, from_dict
+from mnist_flax.recipe import (
+    KINDS,
+    PlateauConfig,
+    Recipe,
+    StoppingConfig,
+    from_dict,
+    kind_class,
+)
+from mnist_flax.recipes import RECIPES
 from mnist_flax.workdir import RECIPE_FILE, local_path
 
 T = TypeVar("T")
@@ -85,6 +93,54 @@ def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return name, rest
 
 
+OPTIONAL = {"plateau": PlateauConfig, "stopping": StoppingConfig}
+RECIPE_HELP = f"""
+
+--recipe NAME, of {", ".join(RECIPES)}, sets the recipe's fields. --model KIND, of
+{", ".join(KINDS["model"])}, --optimizer KIND, of {", ".join(KINDS["optimizer"])}, and --schedule
+KIND, of {", ".join(KINDS["schedule"])}, choose whose fields there are, at first their defaults; so
+do --plateau.FIELD and --stopping.FIELD where the recipe has none. --plateau None and --stopping
+None take them away."""
+
+
+def choose_kinds(recipe: Recipe, words: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """Takes `--optimizer adamw` and its like out of the words: they decide what options there are.
+
+    Returns:
+      The recipe with what was chosen, its fields at their defaults, and the other words.
+
+    Raises:
+      InputError: a kind is unknown, or missing, or needs fields that have no defaults.
+    """
+    chosen: dict[str, Any] = {}
+    rest = []
+    left = iter(words)
+    for word in left:
+        option, equals, value = word.removeprefix("--").partition("=")
+        section = option.partition(".")[0]
+        if word.startswith("--") and option in (*KINDS, *OPTIONAL):
+            chosen[option] = _chosen(recipe, option, value if equals else next(left, ""))
+            continue
+        if word.startswith("--") and section in OPTIONAL and not getattr(recipe, section):
+            chosen.setdefault(section, OPTIONAL[section]())
+        rest.append(word)
+    return dataclasses.replace(recipe, **chosen), rest
+
+
+def _chosen(recipe: Recipe, name: str, kind: str) -> Any:
+    """Returns a kind's dataclass: the recipe's own where it is of that kind, or the default."""
+    if name in OPTIONAL:
+        if kind != "None":
+            raise InputError(f"{name} {kind!r} is unknown; give None, or --{name}.FIELD")
+        return None
+    cls = kind_class(name, kind.replace("-", "_"))
+    own = getattr(recipe, name)
+    try:
+        return own if type(own) is cls else cls()
+    except TypeError as error:
+        raise InputError(f"{name} {kind!r} cannot be made without fields: {error}") from None
+
+
 def recipe_of_run(workdir: Path) -> Recipe:
     """Returns the recipe of the run in `workdir`.
 
@@ -109,9 +165,13 @@ def parse(kind: type[T], arguments: Sequence[str], *, default: T, description: s
     Raises:
       InputError: an option is unknown, or its value unreadable or impossible.
     """
-    if isinstance(getattr(default, "recipe", None), Recipe):
-        description += f"\n\n--recipe NAME, of {', '.join(RECIPES)}, sets the recipe's fields."
     words, after = _cut(arguments)
+    if isinstance(default, Recipe):
+        default, words = choose_kinds(default, words)
+    elif isinstance(recipe := getattr(default, "recipe", None), Recipe):
+        recipe, words = choose_kinds(recipe, words)
+        default = dataclasses.replace(default, recipe=recipe)  # type: ignore
+        description += RECIPE_HELP
     printed, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
@@ -121,6 +181,7 @@ def parse(kind: type[T], arguments: Sequence[str], *, default: T, description: s
                 default=default,
                 description=description,
                 return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
             )
     except SystemExit as stop:
         if not stop.code:

@@ -19,7 +19,7 @@ from mnist_flax.errors import InputError
 from mnist_flax.evaluation import Evaluation
 from mnist_flax.loop import initial_progress
 from mnist_flax.progress import FitResult, Progress
-from mnist_flax.recipes import Recipe, from_dict, to_dict
+from mnist_flax.recipe import Recipe, from_dict, to_dict
 from mnist_flax.replicas import make_mesh, replica
 from mnist_flax.reports import figures
 from mnist_flax.steps import TrainState

@@ -12,7 +12,7 @@ from mnist_flax.datasets import load_splits
 from mnist_flax.errors import Interrupted
 from mnist_flax.evaluation import Evaluation, evaluate_replicas, mixture
 from mnist_flax.loop import fit
-from mnist_flax.recipes import Recipe, recipe_views, to_dict
+from mnist_flax.recipe import Recipe, recipe_views, to_dict
 from mnist_flax.replicas import make_mesh
 from mnist_flax.studies.statistics import survivors, test_statistics
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mnist_flax.loop import Trainer, initial_progress
-from mnist_flax.recipes import Recipe, replica_recipes
+from mnist_flax.recipe import Recipe, replica_recipes
 from mnist_flax.replicas import make_mesh
 
 

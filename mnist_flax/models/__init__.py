@@ -1,0 +1,1 @@
+"""Other networks than the plain one, each a file: separable ones, and several columns."""
