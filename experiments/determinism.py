@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mnist_flax.errors import InputError
-from mnist_flax.launch import command_line
+from mnist_flax.launch import command_line, options
 
 TRAIN = Path(__file__).parent / "train.py"
 SMALL = ["--recipe", "default", "--val-size", "45000", "--epochs", "1"]
@@ -44,15 +44,9 @@ ACCELERATOR_RUNS = [
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """Options of the script.
-
-    Attributes:
-      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-    """
-
-    data_dir: Path | None = None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(options.DataDir):
+    """Options of the script."""
 
 
 def digest(

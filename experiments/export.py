@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from mnist_flax.errors import InputError
-from mnist_flax.launch import command_line
+from mnist_flax.launch import command_line, options
 
 TOLERANCE = 1e-3  # of logits of about 10, in float32
 # Of the largest logit: a network of four layers rounds a dozen times, each by 2^-9 at most, and
@@ -26,21 +26,18 @@ TOLERANCE = 1e-3  # of logits of about 10, in float32
 BFLOAT16_TOLERANCE = 2**-5
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(options.Dataset):
     """Options of the script.
 
     Attributes:
       run: a run directory.
       out: where the files go; by default export/ in the run's directory.
-      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       archives: the directory of IDX archives that the run was trained on, if it was.
     """
 
     run: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     out: Path | None = None
-    data_dir: Path | None = None
-    archives: Path | None = None
 
     def __post_init__(self):
         if len(self.run) > 1:
@@ -115,7 +112,6 @@ def main(arguments):
         raise InputError("name a run directory; see --help")
     command_line.begin()
 
-    from mnist_flax.datasets import load_splits
     from mnist_flax.evaluation import predict
     from mnist_flax.reports import export
     from mnist_flax.reports.results import load_run
@@ -125,13 +121,7 @@ def main(arguments):
     print(run, file=sys.stderr)
     out = command.out or run.workdir / "export"
     require_directory(out, "out")
-    splits = load_splits(
-        run.recipe.dataset,
-        val_size=0,
-        seed=0,
-        data_dir=command.data_dir,
-        archives=command.archives,
-    )
+    splits = command.load(run.recipe, val_size=0)
     if splits.info.fingerprint != run.info.fingerprint:
         raise InputError(f"{run.workdir} was trained on other data; give its --archives")
     shape, names = run.info.image_shape, run.info.class_names

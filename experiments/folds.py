@@ -11,21 +11,19 @@ To expect of `quick`: 99.2% in half a minute on 2 cores.
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
 from mnist_flax.data import Examples, take
-from mnist_flax.datasets import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.launch import command_line, runtime
+from mnist_flax.launch import command_line, options, runtime
 from mnist_flax.recipe import Recipe, recipe_views, to_dict
 from mnist_flax.workdir import holds_run, write_json
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(options.Training):
     """Options of the script, beside the recipe's.
 
     Attributes:
@@ -35,19 +33,10 @@ class Command:
         augmentation; 0 tests the images as they are alone.
       workdir: where folds.json and checkpoints go; by default runs/folds-NAME.
       resume: continue the cross-validation in workdir; give the same options again.
-      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      archives: a directory of four IDX archives to read the dataset from.
-      devices: how many devices share a batch; by default all, and on the CPU one a core.
     """
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     folds: int = 6
     views: int = 0
-    workdir: Path | None = None
-    resume: bool = False
-    data_dir: Path | None = None
-    archives: Path | None = None
-    devices: int | None = None
 
     def __post_init__(self):
         if self.folds < 2:
@@ -83,10 +72,9 @@ def hits(state, examples: Examples, *, views) -> list[int]:
 
 def main(arguments):
     """Prints each fold's accuracy and the mean, and writes them to folds.json."""
-    name, rest = command_line.split_recipe(arguments)
-    default = Command(without_validation(command_line.named_recipe(name)))
-    command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
-    name = command_line.recipe_label(name)
+    name, command = options.parse_training(
+        Command, arguments, description=__doc__ or "", adapt=without_validation
+    )
     recipe = command.recipe
     workdir = command.workdir or Path("runs") / f"folds-{name}"
     if command.resume and not holds_run(workdir / "fold-1"):
@@ -100,9 +88,7 @@ def main(arguments):
     from mnist_flax.studies.folds import fold_indices
 
     mesh = make_mesh(devices=command.devices)
-    splits = load_splits(
-        recipe.dataset, val_size=0, data_dir=command.data_dir, archives=command.archives
-    )
+    splits = command.load(recipe)
     folds = fold_indices(splits.train.labels, folds=command.folds)
     interrupts = runtime.Interrupts()
     interrupts.install()

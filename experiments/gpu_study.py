@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.launch import command_line
+from mnist_flax.launch import command_line, options
 from mnist_flax.models.columns import ColumnsConfig
 from mnist_flax.recipe import Recipe
 
@@ -26,8 +26,8 @@ Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 GOALS = (0.9917, 0.9940, 0.9960)
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(options.DataDir):
     """Options of the script.
 
     Attributes:
@@ -42,7 +42,6 @@ class Command:
       minutes: no part goes on for longer.
       epochs: epochs instead of the recipes' own; for a rehearsal.
       output: the JSON file.
-      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
     """
 
     recipes: tuple[str, ...] = ("quick", "fast", "strong")
@@ -55,7 +54,6 @@ class Command:
     minutes: float = 8.5
     epochs: int | None = None
     output: Path = Path("runs/gpu_study.json")
-    data_dir: Path | None = None
 
     def __post_init__(self):
         if not (self.recipes or self.single_recipes):

@@ -19,7 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from mnist_flax.errors import InputError
-from mnist_flax.launch import command_line
+from mnist_flax.launch import command_line, options
 
 EMBEDDED = 3000  # test images in the picture of their features
 SHOWN_CLASSES = 20  # in the picture of gradients
@@ -33,21 +33,18 @@ td:first-child, th:first-child { text-align: left; } figcaption { color: #555; }
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(options.Dataset):
     """Options of the script.
 
     Attributes:
       runs: run directories, each with a result.json.
       out: where the report goes; by default report/ in the first run's directory.
-      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       archives: the directory of IDX archives that the runs were trained on, if they were.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     out: Path | None = None
-    data_dir: Path | None = None
-    archives: Path | None = None
 
     def __post_init__(self):
         if len(set(self.runs)) < len(self.runs):
@@ -400,7 +397,6 @@ def main(arguments):
         raise InputError("name at least one run directory; see --help")
     command_line.begin()
 
-    from mnist_flax.datasets import load_splits
     from mnist_flax.reports.results import load_run
     from mnist_flax.workdir import require_directory, write_json, write_text
 
@@ -414,13 +410,7 @@ def main(arguments):
     with tqdm(total=12 * len(runs), desc="report", file=sys.stderr) as bar:
         for run in runs:
             recipe = run.recipe
-            splits = load_splits(
-                recipe.dataset,
-                val_size=recipe.val_size,
-                seed=recipe.split_seed,
-                data_dir=command.data_dir,
-                archives=command.archives,
-            )
+            splits = command.load(recipe)
             if splits.info.fingerprint != run.info.fingerprint:
                 raise InputError(f"{run.workdir} was trained on other data than {recipe.dataset}")
             numbers, test = measure(run, splits, bar)

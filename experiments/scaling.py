@@ -12,13 +12,13 @@ import dataclasses
 from pathlib import Path
 
 from mnist_flax.errors import InputError
-from mnist_flax.launch import command_line, runtime
+from mnist_flax.launch import command_line, options, runtime
 from mnist_flax.recipe import Recipe
 from mnist_flax.workdir import require_directory
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(options.DataDir):
     """Options of the script.
 
     Attributes:
@@ -28,7 +28,6 @@ class Command:
       turns: timings of each, at least 1.
       images: how many images a timing takes at least.
       workdir: where scaling.json and scaling.png go.
-      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
     """
 
     recipe: str = "quick"
@@ -37,7 +36,6 @@ class Command:
     turns: int = 5
     images: int = 8192
     workdir: Path = Path("runs/scaling")
-    data_dir: Path | None = None
 
     def __post_init__(self):
         if self.turns < 1:

@@ -9,20 +9,19 @@ train.py; `--versus NAME` compares with another recipe on the same seeds.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
 from mnist_flax.errors import InputError, Interrupted
-from mnist_flax.launch import command_line, runtime
-from mnist_flax.recipe import Recipe, require_views
+from mnist_flax.launch import command_line, options, runtime
+from mnist_flax.recipe import require_views
 from mnist_flax.studies.statistics import compare, describe, spread
 from mnist_flax.workdir import holds_run, write_json
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(options.Training):
     """Options of the script, beside the recipe's.
 
     Attributes:
@@ -35,21 +34,12 @@ class Command:
         augmentation; 0 tests the images as they are alone.
       workdir: where study.json, the strip plot and checkpoints go; by default runs/seeds-NAME.
       resume: continue the study in workdir.
-      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      archives: a directory of four IDX archives to read the dataset from.
-      devices: how many devices share a batch; by default all, and on the CPU one a core.
     """
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     seeds: int = 10
     first_seed: int = 100
     versus: str | None = None
     views: int = 0
-    workdir: Path | None = None
-    resume: bool = False
-    data_dir: Path | None = None
-    archives: Path | None = None
-    devices: int | None = None
 
     def __post_init__(self):
         if self.seeds < 2:
@@ -80,10 +70,7 @@ def table_row(label: str, study: dict[str, Any]) -> str:
 
 def main(arguments):
     """Trains every seed, prints the statistics, writes study.json and seeds.png."""
-    name, rest = command_line.split_recipe(arguments)
-    default = Command(command_line.named_recipe(name))
-    command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
-    name = command_line.recipe_label(name)
+    name, command = options.parse_training(Command, arguments, description=__doc__ or "")
     recipes = {name: command.recipe}
     if command.versus is not None:
         recipes[f"{command.versus} (other)"] = command_line.named_recipe(command.versus)

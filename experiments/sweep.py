@@ -15,21 +15,20 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import tyro
 
 from mnist_flax.errors import DivergedError, InputError, Interrupted
-from mnist_flax.launch import command_line, runtime
-from mnist_flax.recipe import Recipe, traceable, with_fields
+from mnist_flax.launch import command_line, options, runtime
+from mnist_flax.recipe import traceable, with_fields
 from mnist_flax.workdir import holds_run, write_json
 
 SET_BY_THE_SEARCH = ("seed", "val_size", "split_seed")
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(options.Training):
     """Options of the script, beside the recipe's.
 
     Attributes:
@@ -42,23 +41,14 @@ class Command:
       first_seed: the first seed of the search; the winner's begin at 1000 above it.
       workdir: where sweep.json, response.png and checkpoints go; by default runs/sweep-NAME.
       resume: continue the sweep in workdir; give the same options again.
-      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      archives: a directory of four IDX archives to read the dataset from.
-      devices: how many devices share a batch; by default all, and on the CPU one a core.
     """
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     vary: tuple[str, ...] = ()
     draws: int = 0
     seeds: int = 2
     search_val_size: int = 10_000
     fresh_seeds: int = 3
     first_seed: int = 0
-    workdir: Path | None = None
-    resume: bool = False
-    data_dir: Path | None = None
-    archives: Path | None = None
-    devices: int | None = None
 
     def __post_init__(self):
         if self.draws < 0:
@@ -130,15 +120,7 @@ def points(fields: dict[str, Choice], *, draws: int, seed: int) -> list[dict[str
 
 def load(command: Command):
     """Returns the splits that the search trains and chooses on."""
-    from mnist_flax.datasets import load_splits
-
-    return load_splits(
-        command.recipe.dataset,
-        val_size=command.search_val_size,
-        seed=command.recipe.split_seed,
-        data_dir=command.data_dir,
-        archives=command.archives,
-    )
+    return command.load(command.recipe, val_size=command.search_val_size)
 
 
 def search(
@@ -227,10 +209,7 @@ def describe(point: dict[str, float], accuracies: np.ndarray, first_seed: int) -
 def main(arguments):
     """Searches on validation, trains the winner anew, writes sweep.json and response.png."""
     began = time.perf_counter()
-    name, rest = command_line.split_recipe(arguments)
-    default = Command(command_line.named_recipe(name))
-    command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
-    name = command_line.recipe_label(name)
+    name, command = options.parse_training(Command, arguments, description=__doc__ or "")
     tried = points(parse_vary(command.vary), draws=command.draws, seed=command.first_seed)
     recipes = [with_fields(command.recipe, point) for point in tried]
     workdir = command.workdir or Path("runs") / f"sweep-{name}"

@@ -25,7 +25,7 @@ import numpy as np
 from mnist_flax import checkpoint
 from mnist_flax.datasets import load_splits
 from mnist_flax.errors import InputError
-from mnist_flax.launch import command_line
+from mnist_flax.launch import command_line, options
 from mnist_flax.loop import initial_progress
 from mnist_flax.recipe import from_dict
 from mnist_flax.replicas import make_mesh
@@ -46,22 +46,20 @@ SCENARIOS = {
 TIMEOUT_SECONDS = 300
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(options.DataDir):
     """Options of the script.
 
     Attributes:
       kills: how many processes to kill.
       seed: of the moments.
       scenarios: which kinds of run, by name; all by default.
-      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       prepare: whether the first victim must also prepare the data, in an empty directory.
     """
 
     kills: int = 100
     seed: int = 0
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
-    data_dir: Path | None = None
     prepare: bool = True
 
     def __post_init__(self):

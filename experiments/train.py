@@ -10,18 +10,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from mnist_flax import hosts
 from mnist_flax.errors import InputError, Interrupted
-from mnist_flax.launch import command_line, runtime
-from mnist_flax.recipe import Recipe
+from mnist_flax.launch import command_line, options, runtime
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(options.Training):
     """Options of the script, beside the recipe's.
 
     Attributes:
@@ -29,8 +25,6 @@ class Command:
       workdir: the run's directory; by default a new one under runs/.
       resume: continue the run in workdir, by its own recipe; one that is named too must be it.
       strict: do not resume where the newest checkpoint is damaged.
-      data_dir: TFDS's directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      archives: a directory of four IDX archives to read the dataset from.
       stream: read training records as they are needed instead of holding them all.
       devices: how many devices share a batch; by default all, and on the CPU one a core. With
         distributed, how many each process has; by default all, and on the CPU one.
@@ -38,14 +32,8 @@ class Command:
         start them.
     """
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    workdir: Path | None = None
-    resume: bool = False
     strict: bool = False
-    data_dir: Path | None = None
-    archives: Path | None = None
     stream: bool = False
-    devices: int | None = None
     distributed: bool = False
 
 
@@ -59,16 +47,15 @@ def new_workdir(name: str, seed: int) -> Path:
 def main(arguments):
     """Reads the command line and trains."""
     began = time.perf_counter()
-    name, rest = command_line.split_recipe(arguments)
-    default = Command(command_line.named_recipe(name))
-    command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
-    name = command_line.recipe_label(name)
+    name, command = options.parse_training(Command, arguments, description=__doc__ or "")
     if command.resume:
         if command.workdir is None:
             raise InputError("resume needs the run's directory; give --workdir")
-        if len(rest) == len(arguments):  # no --recipe was taken out: the run's own it is
-            default = Command(command_line.recipe_of_run(command.workdir))
-            command = command_line.parse(Command, rest, default=default, description=__doc__ or "")
+        if command_line.split_recipe(arguments)[1] == list(arguments):  # the run's own it is
+            default = Command(recipe=command_line.recipe_of_run(command.workdir))
+            command = command_line.parse(
+                Command, arguments, default=default, description=__doc__ or ""
+            )
     start(command)
     with hosts.leave_at_once():
         return train(command, name, began)
@@ -112,7 +99,7 @@ def choose_mesh(command: Command):
 
 def resume_command(command: Command, workdir: Path) -> str:
     """Returns the command line that continues the run, on the same data and devices."""
-    words = ["python", sys.argv[0], "--resume", "--workdir", str(workdir)]
+    words = [*command_line.program(), "--resume", "--workdir", str(workdir)]
     for option in ("data_dir", "archives", "devices"):
         if (value := getattr(command, option)) is not None:
             words += [f"--{option.replace('_', '-')}", str(value)]
@@ -123,7 +110,6 @@ def resume_command(command: Command, workdir: Path) -> str:
 
 def train(command: Command, name: str, began: float) -> int:
     """Trains, evaluates on the test split once, writes the results."""
-    from mnist_flax.datasets import load_splits
     from mnist_flax.evaluation import evaluate
     from mnist_flax.loop import fit
     from mnist_flax.reports.results import write_results
@@ -133,14 +119,7 @@ def train(command: Command, name: str, began: float) -> int:
     data_began = time.perf_counter()
     with hosts.all_or_none():
         mesh = choose_mesh(command)
-        splits = load_splits(
-            recipe.dataset,
-            val_size=recipe.val_size,
-            seed=recipe.split_seed,
-            data_dir=command.data_dir,
-            archives=command.archives,
-            stream=command.stream,
-        )
+        splits = command.load(recipe, stream=command.stream)
     data_seconds = time.perf_counter() - data_began
     # Until here a signal ends the process at once: there is nothing to save.
     interrupts = runtime.Interrupts()

@@ -600,6 +600,7 @@ class TestOtherDatasets:
         again = load_splits("digits", val_size=100, seed=3, data_dir=tmp_path)
         assert again.info == splits.info
 
+    @pytest.mark.slow
     def test_a_config_and_a_version_can_be_named(self, tmp_path):
         for version in ("1.0.0", "9.0.0", "10.0.0"):
             digits_builder(tmp_path, config="small", version=version).download_and_prepare()

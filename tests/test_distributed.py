@@ -222,6 +222,7 @@ def test_the_bits_are_those_of_one_process(streamed, alone):
     assert digest(load_run(workdir).state) == together["digest"]
 
 
+@pytest.mark.slow
 def test_each_process_reads_only_its_shard_of_the_stream(streamed):
     _, read = streamed
     assert [indices.shape for indices in read] == [(3 * STEPS, 25)] * 2
@@ -232,6 +233,7 @@ def test_each_process_reads_only_its_shard_of_the_stream(streamed):
         assert np.array_equal(np.sort(epoch_SB, axis=None), np.arange(50 * STEPS))
 
 
+@pytest.mark.slow
 def test_process_0_alone_writes_but_for_checkpoints(streamed):
     workdir, _ = streamed
     files = [path for path in workdir.rglob("*") if path.is_file()]

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import benchmark
@@ -491,6 +492,7 @@ def test_a_sweep_chooses_by_the_epoch_that_the_winner_will_end_with():
 
 @pytest.mark.bits
 @pytest.mark.parametrize("name", ["quick", "tiny700"])
+@pytest.mark.slow
 def test_the_reports_filters_are_the_first_kernels_in_pixels(name):
     """An image of one bright pixel is answered by the kernel, upside down."""
     config = RECIPES[name].model
@@ -982,7 +984,7 @@ def test_a_word_after_two_dashes_is_no_option():
 
 def test_every_path_may_begin_with_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    default = folds.Command(folds.without_validation(RECIPES["default"]))
+    default = folds.Command(recipe=folds.without_validation(RECIPES["default"]))
     words = ["--workdir=~/x", "--data-dir", "~/y", "--archives", "a~"]
     command = command_line.parse(folds.Command, words, default=default, description="")
     paths = command.workdir, command.data_dir, command.archives
@@ -1095,3 +1097,18 @@ def test_impossible_columns_and_shares(changes, message):
 def test_a_damaged_recipe_is_an_input_error(values):
     with pytest.raises(InputError):
         from_dict(values)
+
+
+def test_the_console_command_runs_the_scripts(tmp_path):
+    """Installed beside Python, and its words are those of the script of that name."""
+    command = Path(sys.executable).with_name("mnist-flax")
+    run = run_words([command, "train", "--epohs", "3"], cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "did you mean --epochs?" in run.stderr
+
+
+def test_what_is_installed_is_every_package():
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("mnist_flax/**/__init__.py")}
+    mapped = set(table["package-dir"])
+    assert set(table["packages"]) == {name.replace("/", ".") for name in found} | mapped

@@ -61,6 +61,7 @@ def images(splits):
     return splits.test.images[:50] / np.float32(255)
 
 
+@pytest.mark.slow
 def test_stablehlo_runs_without_the_package(state, images, tmp_path):
     path = tmp_path / "model.stablehlo"
     path.write_bytes(export.to_stablehlo(state, image_shape=(28, 28, 1)))

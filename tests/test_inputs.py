@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import first
 from flax import nnx
 
 from mnist_flax.data import DatasetInfo, Examples, Splits, check_examples
@@ -153,7 +154,7 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int64, np.uint32])
+@pytest.mark.parametrize("dtype", first([np.uint8, np.int8, np.int64, np.uint32]))
 def test_labels_of_any_integer_type_train_and_validate_to_the_same_bits(dtype, results):
     cast = with_labels(lambda labels: labels.astype(dtype))
     splits = dataclasses.replace(SPLITS, train=cast(SPLITS.train), val=cast(SPLITS.val))
@@ -167,7 +168,7 @@ def test_labels_of_any_integer_type_train_and_validate_to_the_same_bits(dtype, r
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("dtype", [np.float16, np.float64, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", first([np.float16, np.float64, jnp.bfloat16]))
 def test_images_of_any_floating_point_type_train_alike(dtype):
     """In steps of an eighth, which each of them has."""
 

@@ -127,6 +127,7 @@ def test_interrupted_after_every_step_and_resumed_is_the_same_bits(form, short, 
     assert list(map(timeless, rows)) == list(map(timeless, whole.history))
 
 
+@pytest.mark.slow
 def test_the_seconds_of_an_interrupted_epoch_count(small, tmp_path):
     stops = []
     for calls in (3, 3):
@@ -190,7 +191,7 @@ def test_early_stopping_restores_the_best_epoch(small, splits, tmp_path):
         epochs=30,
         model=TINY,
         augment=AffineConfig(),
-        optimizer=AdamW(learning_rate=0.05),
+        optimizer=AdamW(learning_rate=0.1),
         schedule=Constant(),
         plateau=None,
         stopping=StoppingConfig(patience=2),
@@ -377,6 +378,7 @@ def test_evaluation_against_numpy(whole, splits):
     assert math.isclose(evaluation.accuracy, hits.mean())
 
 
+@pytest.mark.slow
 def test_a_view_is_of_augmented_images(whole, splits):
     """Of 700 examples: a batch of 500, and one that is not full, by a key each."""
     examples = head(splits.test, 700)

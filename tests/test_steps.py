@@ -109,6 +109,7 @@ def test_a_step_leaves_its_inputs_and_the_key_alone(batch, step):
     assert not same_bits(new_state.batch_stats, state.batch_stats)
 
 
+@pytest.mark.slow
 def test_images_are_normalized_before_they_are_augmented(batch):
     """As if they had been normalized beforehand, and the network knew nothing of it."""
     plain = CNNConfig(widths=(4,), padding=("SAME",), pool=(True,), hidden=(), dropout=0.0)
@@ -132,6 +133,7 @@ def test_images_are_normalized_before_they_are_augmented(batch):
         np.testing.assert_allclose(*logits, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_augmentation_ends_after_its_steps(batch):
     """Two steps: the first of augmented images, the second of images as they are."""
 

@@ -267,6 +267,11 @@ def _one_line(message: str) -> str:
     return f"{text}; see --help"
 
 
+def program() -> list[str]:
+    """Returns the words that started this script: `python PATH`, or `mnist-flax NAME`."""
+    return sys.argv[0].split() if sys.argv[0].startswith("mnist-flax ") else ["python", sys.argv[0]]
+
+
 def begin(*, cpu_devices: int | None = None) -> None:
     """Sets JAX up, starts it, and says on stderr which devices it has.
 

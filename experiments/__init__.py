@@ -1,0 +1,1 @@
+"""The scripts, which `mnist-flax NAME` runs, too."""
