@@ -367,33 +367,46 @@ def epochs(
     steps = trainer.steps
     now = started(start, recipes, splits.info, steps=steps, mesh=mesh)
     for epoch in range(now.step // steps + 1, recipe.epochs + 1):
-        if not (count := int(now.active_R.sum())):
+        if not now.active_R.any():
             return
         if any(hosts.agree(trainer.programs is not None and should_stop())):
             raise Interrupted(now.step, now)
-        seconds, feed = dict(now.seconds), trainer.feed(now, epoch)
-        if trainer.programs is None:
-            seconds["compile_seconds"] += trainer.compile(now, feed(now.step % steps, 0))
-        rates_R = trainer.rates(now, epoch * steps - 1)
-        bar = epoch_bar(recipe, epoch=epoch, steps=steps, now=now, rate=rates_R[0], shown=progress)
-        with bar, timed(seconds):
-            states, metrics = train_epoch(
-                trainer.train(now),
-                now,
-                feed,
-                steps=steps,
-                show=functools.partial(show, bar, epoch=epoch),
-                should_stop=should_stop,
-            )
-            norms_R = np.asarray(norm_program(mesh)(states))
-        trained = time.perf_counter()
-        states, val = trainer.evaluate(now, states)
-        seconds["eval_seconds"] = time.perf_counter() - trained
-        each = {name: total / count for name, total in seconds.items()}
-        rows = epoch_rows(metrics, val, epoch=epoch, step=epoch * steps, rates_R=rates_R)
-        now = now.after_epoch(states, [row | each for row in rows], norms_R=norms_R)
-        now = dataclasses.replace(now, metrics=trainer.zero, seconds=no_seconds())
+        now = after_epoch(trainer, now, epoch, progress=progress, should_stop=should_stop)
         yield now
+
+
+def after_epoch(
+    trainer: Trainer, now: Progress, epoch: int, *, progress: bool, should_stop: Callable[[], bool]
+) -> Progress:
+    """Trains what is left of an epoch and evaluates; returns the progress after it.
+
+    Raises:
+      DivergedError: the loss of every replica is not finite.
+      Interrupted: `should_stop()` became true before the epoch's last step.
+    """
+    recipe, steps, count = trainer.recipe, trainer.steps, int(now.active_R.sum())
+    seconds, feed = dict(now.seconds), trainer.feed(now, epoch)
+    if trainer.programs is None:
+        seconds["compile_seconds"] += trainer.compile(now, feed(now.step % steps, 0))
+    rates_R = trainer.rates(now, epoch * steps - 1)
+    bar = epoch_bar(recipe, epoch=epoch, steps=steps, now=now, rate=rates_R[0], shown=progress)
+    with bar, timed(seconds):
+        states, metrics = train_epoch(
+            trainer.train(now),
+            now,
+            feed,
+            steps=steps,
+            show=functools.partial(show, bar, epoch=epoch),
+            should_stop=should_stop,
+        )
+        norms_R = np.asarray(norm_program(trainer.mesh)(states))
+    trained = time.perf_counter()
+    states, val = trainer.evaluate(now, states)
+    seconds["eval_seconds"] = time.perf_counter() - trained
+    each = {name: total / count for name, total in seconds.items()}
+    rows = epoch_rows(metrics, val, epoch=epoch, step=epoch * steps, rates_R=rates_R)
+    now = now.after_epoch(states, [row | each for row in rows], norms_R=norms_R)
+    return dataclasses.replace(now, metrics=trainer.zero, seconds=no_seconds())
 
 
 def train_epoch(
@@ -548,25 +561,36 @@ def fit(
     if workdir is None:
         (last,) = collections.deque(train(), maxlen=1)  # not every epoch's states
         return result_of(recipes, last)
-    workdir = Path(workdir)
     trained = to_dict(recipe) if seeds is None else study(recipe, seeds=seeds, vary=vary or {})
     run = checkpoint.identity(trained, splits.info)
     with contextlib.ExitStack() as held:
-        checkpoint.claim_run(held, workdir, run, resume=resume)
+        checkpoint.claim_run(held, Path(workdir), run, resume=resume)
         now = initial_progress(recipes, splits.info, steps=steps, mesh=mesh)
         if resume:
-            now = checkpoint.restored(workdir, run, now, strict=strict)
-        keep = held.enter_context(keeping(workdir, run, now, many=seeds is not None))
-        try:
-            if now.step < recipe.epochs * steps:
-                for latest in train(start=now):
-                    now = latest
-                    keep(now)
-        except Interrupted as end:
-            if end.step > now.step:
-                keep(end.progress)
-            raise
+            now = checkpoint.restored(Path(workdir), run, now, strict=strict)
+        keep = held.enter_context(keeping(Path(workdir), run, now, many=seeds is not None))
+        if now.step < recipe.epochs * steps:
+            now = train_and_keep(train, now, keep)
     return result_of(recipes, now)
+
+
+def train_and_keep(
+    train: Callable[..., Iterator[Progress]], now: Progress, keep: Callable[[Progress], None]
+) -> Progress:
+    """Trains to the end, keeps the progress after each epoch and where it is interrupted.
+
+    Raises:
+      Interrupted: training was, and what it had reached is kept.
+    """
+    try:
+        for latest in train(start=now):
+            now = latest
+            keep(now)
+    except Interrupted as end:
+        if end.step > now.step:
+            keep(end.progress)
+        raise
+    return now
 
 
 def study(

@@ -34,7 +34,7 @@ CORE = [
 WINGS = ("kernels", "models", "recipes", "datasets", "evaluation", "reports", "studies", "launch")
 # `for_platform` chooses a kernel, and goes without them; kernels stand on the operations.
 EXCEPT = {("ops", "kernels")}
-MAX_LINES = 90  # of a function, its docstring included
+MAX_LINES = 50  # of a function, without its docstring
 
 
 def parsed():
@@ -75,4 +75,6 @@ def test_functions_are_short():
     for path, tree in parsed():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < MAX_LINES, f"{path}: {node.name}"
+                doc = node.body[0] if ast.get_docstring(node) else None
+                own = doc.end_lineno - doc.lineno + 1 if doc else 0
+                assert node.end_lineno - node.lineno + 1 - own <= MAX_LINES, f"{path}: {node.name}"
