@@ -37,7 +37,7 @@ RECIPE = Recipe(
     val_size=500,
     epochs=3,
     batch_size=50,
-    model=MODEL,
+    model=MODEL if ALL else TINY,
     augment=AffineConfig(rotate=10.0, shift=0.05),
     optimizer=SGD(learning_rate=0.05),
     schedule=OneCycle(warmup=0.2),

@@ -163,6 +163,7 @@ def test_strict_refuses_a_damaged_checkpoint(copy, small):
     assert contents(copy) == before
 
 
+@pytest.mark.slow
 def test_a_second_damaged_checkpoint_of_a_step_is_kept_beside_the_first(copy, small):
     for _ in range(2):
         for path in files(latest(copy)):
@@ -190,6 +191,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(copy, small):
     assert contents(copy) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(whole, copy, small):
     shutil.rmtree(copy / "checkpoints")
     rows = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -359,6 +359,7 @@ class TestProcesses:
         (config,) = (tmp_path / "mnist").iterdir()
         assert sorted(path.name for path in config.iterdir()) == ["3.0.1", "3.0.1.lock"]
 
+    @pytest.mark.slow
     def test_tensorflow_is_never_imported(self, tmp_path, archives):
         code = """
 import sys
@@ -489,6 +490,7 @@ for arguments in ({{"name": "mnist", "stream": True}}, {{"name": "kmnist"}}):
 """
 
     @pytest.mark.parametrize("absent", first(["array_record", "tensorflow_datasets", "grain"]))
+    @pytest.mark.slow
     def test_mnist_loads_and_the_rest_is_one_clear_line(self, tmp_path, absent):
         code = self.BLOCKED.format(names=repr({absent}))
         fingerprint, *refused = run(code, tmp_path).splitlines()

@@ -74,7 +74,7 @@ def test_every_seed_draws_its_own_parameters(small):
         recipe = dataclasses.replace(RECIPE, seed=seed)
         state = initial_state(recipe, small.info, steps=24, mesh=make_mesh())
         key = draw_key(jax.random.key(seed), Purpose.INIT, 0)
-        own = as_pure(nnx.state(CNN(MODEL, rngs=nnx.Rngs(params=key)), nnx.Param))
+        own = as_pure(nnx.state(CNN(RECIPE.model, rngs=nnx.Rngs(params=key)), nnx.Param))
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, own
         )
@@ -252,6 +252,7 @@ def test_without_validation_the_last_state_is_kept(small):
     assert result.history[-1]["val_loss"] is None
 
 
+@pytest.mark.slow
 def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(small):
     """After one epoch of the recipe's rates, one of hardly any: the parameters stay."""
     slow = dataclasses.replace(RECIPE, schedule=Constant(), optimizer=SGD(learning_rate=1e-9))

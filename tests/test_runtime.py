@@ -25,7 +25,11 @@ print(jax.jit(lambda x: 2 * x)(21))
     [
         ({"XDG_CACHE_HOME": "cache"}, "cache/mnist_flax/jax"),
         pytest.param({"HOME": "home"}, "home/.cache/mnist_flax/jax", marks=pytest.mark.slow),
-        ({"XDG_CACHE_HOME": "cache", "JAX_COMPILATION_CACHE_DIR": "own"}, "own"),
+        pytest.param(
+            {"XDG_CACHE_HOME": "cache", "JAX_COMPILATION_CACHE_DIR": "own"},
+            "own",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_compiled_programs_are_kept_where_the_user_said(variables, directory, tmp_path):
