@@ -24,6 +24,8 @@ class Command(options.Training):
       recipe: the recipe's fields.
       workdir: the run's directory; by default a new one under runs/.
       resume: continue the run in workdir, by its own recipe; one that is named too must be it.
+      start_from: a run whose weights this one begins from, with an optimizer and a schedule of its
+        own (`--freeze convs norms` keeps a CNN's convolutions as they are).
       strict: do not resume where the newest checkpoint is damaged.
       stream: read training records as they are needed instead of holding them all.
       devices: how many devices share a batch; by default all, and on the CPU one a core. With
@@ -32,6 +34,7 @@ class Command(options.Training):
         start them.
     """
 
+    start_from: Path | None = None
     strict: bool = False
     stream: bool = False
     distributed: bool = False
@@ -112,7 +115,7 @@ def train(command: Command, name: str, began: float) -> int:
     """Trains, evaluates on the test split once, writes the results."""
     from mnist_flax.evaluation import evaluate
     from mnist_flax.loop import fit
-    from mnist_flax.reports.results import write_results
+    from mnist_flax.reports.results import load_run, write_results
 
     recipe = command.recipe
     workdir = command.workdir or new_workdir(name, recipe.seed)
@@ -120,6 +123,7 @@ def train(command: Command, name: str, began: float) -> int:
     with hosts.all_or_none():
         mesh = choose_mesh(command)
         splits = command.load(recipe, stream=command.stream)
+        start_params = load_run(command.start_from).state if command.start_from else None
     data_seconds = time.perf_counter() - data_began
     # Until here a signal ends the process at once: there is nothing to save.
     interrupts = runtime.Interrupts()
@@ -128,6 +132,7 @@ def train(command: Command, name: str, began: float) -> int:
         result = fit(
             recipe,
             splits,
+            start_params=start_params,
             workdir=workdir,
             resume=command.resume,
             strict=command.strict,

@@ -26,7 +26,7 @@ from mnist_flax import hosts
 from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import CheckpointError, InputError
 from mnist_flax.progress import Progress
-from mnist_flax.recipe import differences
+from mnist_flax.recipe import completed, differences
 from mnist_flax.steps import TrainState
 from mnist_flax.stopping import EarlyStopping
 from mnist_flax.workdir import (
@@ -105,10 +105,11 @@ def check_same_recipe(workdir: Path, recipe: dict[str, Any]) -> None:
       InputError: it is of another; the differing fields are named.
     """
     path = workdir / RECIPE_FILE
-    if path.exists() and (lines := differences(read_json(path), recipe)):
+    if path.exists() and (lines := differences(completed(read_json(path)), recipe)):
         raise InputError(
             f"the run in {workdir} has another recipe ({'; '.join(lines)}); leave these options "
-            "out to continue it, or give another workdir to train by them from the beginning"
+            "out to continue it; or give another workdir to train by them from the beginning, or "
+            "from the weights of this run with --start-from"
         )
 
 
@@ -159,7 +160,7 @@ def require_same(record: dict[str, Any], run: dict[str, Any], *, where: object) 
     Raises:
       InputError: it is of another recipe, or of a dataset of another fingerprint.
     """
-    lines = differences(record["recipe"], run["recipe"])
+    lines = differences(completed(record["recipe"]), run["recipe"])
     old, new = ({"fingerprint": each["dataset"]["fingerprint"]} for each in (record, run))
     if lines := lines + differences(old, new):
         raise InputError(
@@ -414,18 +415,33 @@ def progress_of(saved: Saved, like: TrainState) -> Progress:
 
 
 def state_arrays(state: TrainState) -> dict[str, Any]:
-    """Returns a state's arrays by field; keys as their data, which every backend can store."""
+    """Returns a state's arrays by field; keys as their data, which every backend can store.
+
+    A model can hold keys, too, such as those of `nnx.Dropout(rngs=...)`.
+    """
     arrays = {
         field.name: getattr(state, field.name)
         for field in dataclasses.fields(TrainState)
         if not field.metadata.get("static")
     }
-    return arrays | {"key": jax.random.key_data(state.key)}
+    return jax.tree.map(lambda a: jax.random.key_data(a) if is_key(a) else a, arrays)
+
+
+def is_key(array: Any) -> bool:
+    """Returns whether an array is of keys."""
+    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 def with_arrays(like: TrainState, arrays: dict[str, Any]) -> TrainState:
     """Returns the state whose `state_arrays` are `arrays`, with the static parts of `like`."""
-    return dataclasses.replace(like, **arrays | {"key": jax.random.wrap_key_data(arrays["key"])})
+    fields = {name: getattr(like, name) for name in arrays}
+
+    def as_in(own, array):
+        if not is_key(own):
+            return array
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(own))
+
+    return dataclasses.replace(like, **jax.tree.map(as_in, fields, arrays))
 
 
 def _restore(directory: Path, like: dict[str, Any], where: str) -> dict[str, Any]:

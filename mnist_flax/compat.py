@@ -4,6 +4,3 @@ from flax import nnx
 
 List = getattr(nnx, "List", list)
 """The container of submodules: a plain list until 0.12."""
-
-as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
-"""Replaces the `Variable`s of a state by their arrays: `nnx.pure` until 0.12."""

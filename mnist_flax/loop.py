@@ -105,12 +105,25 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh, replicas: int = 1)
 
 
 def initial_progress(
-    recipes: Sequence[Recipe], info: DatasetInfo, *, steps: int, mesh: Mesh
+    recipes: Sequence[Recipe],
+    info: DatasetInfo,
+    *,
+    steps: int,
+    mesh: Mesh,
+    start_params: TrainState | None = None,
 ) -> Progress:
-    """Returns a study's progress at step 0; an epoch has `steps` steps."""
+    """Returns a study's progress at step 0; an epoch has `steps` steps.
+
+    Raises:
+      InputError: `start_params`, whose weights all replicas take over, is of another model.
+    """
     create = state_program(without_seed(recipes[0]), info, steps=steps, mesh=mesh)
+    weights: tuple[Any, ...] = ()
+    if start_params is not None:
+        weights = jax.tree.map(np.asarray, (start_params.params, start_params.batch_stats))
     seeds_R = np.array([recipe.seed for recipe in recipes], np.uint32)
-    return progress_from(create(keys_program(mesh)(seeds_R), ()), recipes, step=0, mesh=mesh)
+    states = create(keys_program(mesh)(seeds_R), weights)
+    return progress_from(states, recipes, step=0, mesh=mesh)
 
 
 def progress_from(
@@ -142,6 +155,7 @@ def started(
     *,
     steps: int,
     mesh: Mesh,
+    start_params: TrainState | None,
 ) -> Progress:
     """Returns the progress to train on from, with the optimizer of the recipes.
 
@@ -150,7 +164,9 @@ def started(
         `check_start` says.
     """
     if start is None:
-        return initial_progress(recipes, info, steps=steps, mesh=mesh)
+        return initial_progress(recipes, info, steps=steps, mesh=mesh, start_params=start_params)
+    if start_params is not None:
+        raise InputError("start has weights of its own; give either it or start_params")
     if isinstance(start, TrainState):
         states = stack(start, mesh=mesh)
         start = progress_from(states, recipes, step=int(start.step), mesh=mesh)
@@ -195,7 +211,8 @@ def check_start(start: Progress, *, recipe: Recipe, steps: int) -> None:
         )
     counts = [count for _, count in optax.tree.get_all_with_path(start.states.opt_state, "count")]
     held = [np.asarray(count)[active] for count in counts if count.is_fully_addressable]
-    if others := {int(count) for count_R in held for count in count_R} - {start.step}:
+    updates = start.step // recipe.accumulate
+    if others := {int(count) for count_R in held for count in count_R} - {updates}:
         raise InputError(
             f"the state to start from is at step {start.step}, but its optimizer at "
             f"{min(others)}; {anew}"
@@ -334,6 +351,7 @@ def epochs(
     seeds: Sequence[int] | None = None,
     vary: Mapping[str, Sequence[float]] | None = None,
     start: Progress | TrainState | None = None,
+    start_params: TrainState | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
     should_stop: Callable[[], bool] = never,
@@ -349,6 +367,9 @@ def epochs(
         `recipes.traceable`.
       start: what to continue from, at an epoch's start or within it, with the recipe's optimizer
         and schedule instead of its own; a state is a run's, at an epoch's start. None begins anew.
+      start_params: a state whose weights a new run begins from, such as `load_run(workdir).state`;
+        optimizer, schedule and step are fresh, and so is the last layer where the number of classes
+        differs. None draws all of them.
       mesh: the devices, as `make_mesh` returns them; None takes all.
       progress: whether to draw a progress bar.
       should_stop: asked now and then; once it has returned True, in any process, training stops.
@@ -365,7 +386,7 @@ def epochs(
     check_fits(recipes[0], splits, mesh=mesh, replicas=len(recipes))
     trainer = Trainer(recipes, splits, varied=tuple(vary), mesh=mesh)
     steps = trainer.steps
-    now = started(start, recipes, splits.info, steps=steps, mesh=mesh)
+    now = started(start, recipes, splits.info, steps=steps, mesh=mesh, start_params=start_params)
     for epoch in range(now.step // steps + 1, recipe.epochs + 1):
         if not now.active_R.any():
             return
@@ -501,6 +522,7 @@ def fit(
     *,
     seeds: Sequence[int] | None = None,
     vary: Mapping[str, Sequence[float]] | None = None,
+    start_params: TrainState | None = None,
     workdir: str | Path | None = None,
     resume: bool = False,
     strict: bool = False,
@@ -520,6 +542,7 @@ def fit(
       splits: the data; the test split is not touched.
       seeds: as in `epochs`.
       vary: as in `epochs`.
+      start_params: as in `epochs`; a run that is resumed needs them no more.
       workdir: where checkpoints, metrics.jsonl and TensorBoard events go; None writes nothing.
         Several processes need one that all of them can read; process 0 writes the logs.
       resume: continue the run in `workdir`, of the same recipe and dataset, instead of starting
@@ -546,8 +569,7 @@ def fit(
     steps = splits.train.num_examples // recipe.batch_size
     with hosts.all_or_none():
         check_fits(recipes[0], splits, mesh=mesh, replicas=len(recipes))
-        if workdir is None and (resume or strict):
-            raise InputError("resume and strict need the workdir of the run to continue; give one")
+        check_directory(workdir, resume=resume, strict=strict, start_params=start_params)
     train = functools.partial(
         epochs,
         recipe,
@@ -559,19 +581,37 @@ def fit(
         should_stop=should_stop,
     )
     if workdir is None:
-        (last,) = collections.deque(train(), maxlen=1)  # not every epoch's states
+        (last,) = collections.deque(
+            train(start_params=start_params), maxlen=1
+        )  # not every epoch's states
         return result_of(recipes, last)
     trained = to_dict(recipe) if seeds is None else study(recipe, seeds=seeds, vary=vary or {})
     run = checkpoint.identity(trained, splits.info)
     with contextlib.ExitStack() as held:
         checkpoint.claim_run(held, Path(workdir), run, resume=resume)
-        now = initial_progress(recipes, splits.info, steps=steps, mesh=mesh)
+        now = initial_progress(
+            recipes, splits.info, steps=steps, mesh=mesh, start_params=start_params
+        )
         if resume:
             now = checkpoint.restored(Path(workdir), run, now, strict=strict)
         keep = held.enter_context(keeping(Path(workdir), run, now, many=seeds is not None))
         if now.step < recipe.epochs * steps:
             now = train_and_keep(train, now, keep)
     return result_of(recipes, now)
+
+
+def check_directory(
+    workdir: str | Path | None, *, resume: bool, strict: bool, start_params: TrainState | None
+) -> None:
+    """Checks that options of `fit` do not contradict each other.
+
+    Raises:
+      InputError: they do.
+    """
+    if workdir is None and (resume or strict):
+        raise InputError("resume and strict need the workdir of the run to continue; give one")
+    if resume and start_params is not None:
+        raise InputError("a resumed run has weights of its own; leave out start_params")
 
 
 def train_and_keep(

@@ -159,10 +159,11 @@ def relu_norm_pool(
 ) -> jax.Array:
     """Applies ReLU, an `nnx.BatchNorm` and, where `pool`, 2x2 max-pooling.
 
-    With `train`, the batch's own statistics normalise, and `norm`'s running ones move towards them.
+    With `train`, the batch's own statistics normalise, and `norm`'s running ones move towards them,
+    unless `norm` itself says to use those, as a frozen one does.
     """
     window = 2 if pool else 1
-    if not train:
+    if not train or norm.use_running_average:
         outputs_BHWC = norm(nnx.relu(inputs_BHWC), use_running_average=True)
         return ops.max_pool(outputs_BHWC, window=window)
     # In the inputs' type, so that their gradients come back in their own.

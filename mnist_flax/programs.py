@@ -30,7 +30,6 @@ from mnist_flax.recipe import (
 )
 from mnist_flax.replicas import by_batch, by_replica, everywhere, over_replicas, platform_of
 from mnist_flax.steps import (
-    Augment,
     Purpose,
     TrainState,
     draw_key,
@@ -38,6 +37,7 @@ from mnist_flax.steps import (
     reduce_on_plateau,
     train_step,
 )
+from mnist_flax.weights import check_freeze
 
 FLAGS: Any = jax.config  # its attributes are made as they are defined
 
@@ -51,7 +51,9 @@ def state_shape(recipe: Recipe, info: DatasetInfo, *, steps: int) -> TrainState:
     Raises:
       InputError: the recipe's network cannot take the dataset's images.
     """
-    return jax.eval_shape(lambda: recipe_state(recipe, info, steps_per_epoch=steps))
+    state = jax.eval_shape(lambda: recipe_state(recipe, info, steps_per_epoch=steps))
+    check_freeze(state.params, recipe.freeze)
+    return state
 
 
 @once
@@ -62,11 +64,13 @@ def keys_program(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
 
 @once
 def state_program(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) -> Callable:
-    """Returns the compiled `recipe_state` of all replicas, a function of their keys [R]."""
+    """Returns the compiled `recipe_state` of all replicas, a function of keys [R] and weights."""
     ops = for_platform(platform_of(mesh))
 
-    def create(key, _):
-        return recipe_state(recipe, info, steps_per_epoch=steps, key=key, ops=ops)
+    def create(key, weights):
+        return recipe_state(
+            recipe, info, steps_per_epoch=steps, key=key, ops=ops, weights=weights or None
+        )
 
     # At LLVM's highest level the CPU's random numbers take six times as long to compile as at the
     # first, 3.6 s for the parameters of `quick`, and have the same bits.
@@ -144,10 +148,11 @@ def zero_program(replicas: int, mesh: Mesh) -> Callable[[], Metrics]:
 @once
 def rates_program(recipe: Recipe, *, steps: int, mesh: Mesh) -> Callable:
     """Returns the compiled learning rates, [R], a function of varied numbers, states and step."""
+    k = recipe.accumulate
 
     def rates(varied, states, step):
         schedule = recipe_schedule(recipe, steps_per_epoch=steps, traced=varied)
-        return schedule(step) * states.plateau.scale
+        return schedule(step // k * k) * states.plateau.scale
 
     return jax.jit(rates, out_shardings=everywhere(mesh))
 
@@ -177,11 +182,7 @@ def train_steps(
     indices_SB: jax.Array | None,
     start: jax.Array,
     stop: jax.Array,
-    *,
-    augment: Augment | None,
-    augment_steps: int | None = None,
-    label_smoothing: float | jax.Array,
-    dropout_rate: float | jax.Array | None = None,
+    **options: Any,
 ) -> tuple[TrainState, Metrics]:
     """Takes the steps `start` to `stop` of an epoch, as one program.
 
@@ -196,24 +197,14 @@ def train_steps(
         images [S, B, H, W, C] and labels [S, B].
       start: first batch to train on.
       stop: the batch after the last.
-      augment: as in `train_step`.
-      augment_steps: as in `train_step`.
-      label_smoothing: as in `train_step`.
-      dropout_rate: as in `train_step`.
+      **options: those of `train_step`.
     """
 
     def body(row, carry):
         state, metrics = carry
         chosen = row if indices_SB is None else indices_SB[row]
         batch = jax.tree.map(lambda a: a[chosen], examples)
-        state, step_metrics = train_step(
-            state,
-            batch,
-            augment=augment,
-            augment_steps=augment_steps,
-            label_smoothing=label_smoothing,
-            dropout_rate=dropout_rate,
-        )
+        state, step_metrics = train_step(state, batch, **options)
         return state, metrics.merge(step_metrics)
 
     return jax.lax.fori_loop(start, stop, body, (state, metrics))

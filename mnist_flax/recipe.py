@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +27,7 @@ from mnist_flax.ops import REFERENCE, Ops
 from mnist_flax.optimizer import SGD, Constant
 from mnist_flax.steps import Augment, Purpose, TrainState, View, create_state, draw_key, use_ops
 from mnist_flax.stopping import EarlyStopping
+from mnist_flax.weights import taken_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +109,18 @@ class Recipe:
       epochs: epochs to train, at most.
       batch_size: examples in a training step; a last partial batch is left out of its epoch.
       label_smoothing: the share of each target that is spread evenly over classes, in [0, 1).
+      accumulate: steps whose gradients are averaged into one update of the optimizer; the learning
+        rate is that of the first of them, and an epoch need not be a multiple of them.
+      freeze: names of layers, such as "convs" and "norms" of a `CNN`, that stay exactly as they are
+        (`train_step`); of use with weights to start from.
       plain_share: the share of the steps of all `epochs`, the last ones, in which images are not
         augmented, in [0, 1): the network ends on images such as it will be tested on (He et al.
         2019, arXiv 1909.09148), unless it stops early. 0 where the augmentation's ranges are.
       model: the architecture: any frozen dataclass with `make(info, *, rngs) -> nnx.Module`, such
         as `CNNConfig`. One that has a `batch_multiple` takes batches of its multiples.
       augment: the augmentation's ranges.
+      loss: `loss(logits_BK, batch) -> losses_B` instead of the cross-entropy in training: a frozen
+        dataclass that can be called. None for the cross-entropy, which validation always has.
       optimizer: the optimizer: any frozen dataclass with the fields and the `make` of one of
         `mnist_flax.optimizer`.
       schedule: the learning rate's course, likewise.
@@ -125,9 +135,12 @@ class Recipe:
     epochs: int = 10
     batch_size: int = 128
     label_smoothing: float = 0.0
+    accumulate: int = 1
+    freeze: tuple[str, ...] = ()
     plain_share: float = 0.0
     model: Any = CNNConfig()
     augment: AffineConfig = AffineConfig()
+    loss: Any = None
     optimizer: Any = SGD()
     schedule: Any = Constant()
     plateau: PlateauConfig | None = None
@@ -141,15 +154,18 @@ class Recipe:
         check_range("epochs", self.epochs, 1, math.inf)
         check_range("batch_size", self.batch_size, 1, math.inf)
         check_range("label_smoothing", self.label_smoothing, 0, 1)
+        check_range("accumulate", self.accumulate, 1, math.inf)
         check_range("plain_share", self.plain_share, 0, 1)
         if self.plain_share and self.augment == AffineConfig():
             raise InputError(
                 f"plain_share is {self.plain_share}, but images are never augmented; give 0"
             )
-        for name in KINDS:
+        for name in ("model", "optimizer", "schedule"):
             config = getattr(self, name)
             if not (dataclasses.is_dataclass(config) and hasattr(config, "make")):
                 raise InputError(f"{name} is {config!r}; give a frozen dataclass with a make")
+        if self.loss is not None:
+            self._check_loss()
         if self.batch_size % (multiple := getattr(self.model, "batch_multiple", 1)):
             raise InputError(
                 f"batch_size is {self.batch_size}, which {multiple} columns cannot share evenly; "
@@ -162,10 +178,20 @@ class Recipe:
                     f"val_size above 0 or {name} to None"
                 )
 
+    def _check_loss(self) -> None:
+        if not (dataclasses.is_dataclass(self.loss) and callable(self.loss)):
+            raise InputError(f"loss is {self.loss!r}; give a frozen dataclass that can be called")
+        if self.label_smoothing:
+            raise InputError(
+                f"label_smoothing is {self.label_smoothing}, but the recipe has a loss of its own, "
+                "which never reads it; give 0"
+            )
+
 
 # The package's own models, optimizers and schedules by the names that a recipe's JSON and the
 # command line have for them. Another one's is "module:Class".
-KINDS = {
+KINDS: dict[str, dict[str, str]] = {
+    "loss": {},
     "model": {
         "cnn": "mnist_flax.model:CNNConfig",
         "separable": "mnist_flax.models.separable:SeparableConfig",
@@ -184,6 +210,19 @@ KINDS = {
 }
 
 
+def run_file(path: Path) -> types.ModuleType:
+    """Runs a Python file as a module, whose name is its absolute path.
+
+    So what is defined in it has a kind that can be found again: "/path/to/file.py:Class".
+    """
+    name = str(path.absolute())
+    spec: Any = importlib.util.spec_from_file_location(name, name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def kind_class(name: str, kind: str) -> type:
     """Returns the dataclass of a kind of what the recipe's field `name` holds.
 
@@ -192,13 +231,15 @@ def kind_class(name: str, kind: str) -> type:
     """
     module, _, path = KINDS[name].get(kind, str(kind)).rpartition(":")
     try:
-        found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError):
+        is_new_file = module.endswith(".py") and module not in sys.modules
+        own = run_file(Path(module)) if is_new_file else importlib.import_module(module)
+        found: Any = functools.reduce(getattr, path.split("."), own)
+    except (ImportError, AttributeError, ValueError, OSError):
         found = None
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise InputError(
             f"{name} {kind!r} is unknown; choose from {', '.join(KINDS[name])}, or give a frozen "
-            "dataclass as module:Class"
+            "dataclass as module:Class or path/to/file.py:Class"
         )
     return found
 
@@ -261,6 +302,19 @@ def _entry(value: Any, name: str, hint: Any) -> Any:
         return _build(kind_class(name, kind), own, name)
     classes = [cls for cls in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(cls)]
     return _build(classes[0], value, name) if classes else value  # type: ignore
+
+
+def completed(trained: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe's or a study's dict with the fields that it is too old to have.
+
+    What it did without them is what their defaults do.
+    """
+    if "seeds" in trained:
+        return trained | {"recipe": completed(trained["recipe"])}
+    try:
+        return to_dict(from_dict(trained))
+    except InputError:  # of another version altogether: what differs is named
+        return trained
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -394,6 +448,8 @@ def step_options(
     return {
         "augment": make_augment(recipe, traced=traced),
         "augment_steps": augmented if recipe.plain_share else None,
+        "loss": recipe.loss,
+        "freeze": recipe.freeze,
         "label_smoothing": traced.get("label_smoothing", recipe.label_smoothing),
         "dropout_rate": traced.get("model.dropout"),
     }
@@ -437,7 +493,10 @@ def _new_optimizer(
     prefix = "optimizer."
     own = {name.removeprefix(prefix): traced[name] for name in traced if name.startswith(prefix)}
     own.pop("learning_rate", None)  # the schedule's peak
-    return recipe.optimizer.make(schedule, **own)
+    if (k := recipe.accumulate) == 1:
+        return recipe.optimizer.make(schedule, **own)
+    optimizer = recipe.optimizer.make(lambda update: schedule(update * k), **own)
+    return optax.MultiSteps(optimizer, every_k_schedule=k).gradient_transformation()
 
 
 def early_stopping(recipe: Recipe) -> EarlyStopping:
@@ -452,6 +511,7 @@ def recipe_state(
     steps_per_epoch: int,
     key: jax.Array | None = None,
     ops: Ops = REFERENCE,
+    weights: tuple[Any, Any] | None = None,
 ) -> TrainState:
     """Returns the state at step 0. Traceable: it can be jitted, or shaped by `jax.eval_shape`.
 
@@ -462,6 +522,10 @@ def recipe_state(
       key: the run's key; None takes that of the recipe's seed.
       ops: what its networks that have a method `use(ops)` compute with: `ops.for_platform` of the
         devices that will.
+      weights: trained parameters and `batch_stats` to begin from, instead of fresh ones.
+
+    Raises:
+      InputError: the model cannot take such images, or the weights are of another model.
     """
     key = jax.random.key(recipe.seed) if key is None else key
 
@@ -470,4 +534,14 @@ def recipe_state(
         use_ops(model, ops)
         return model
 
-    return create_state(key, make_model, recipe_optimizer(recipe, steps_per_epoch=steps_per_epoch))
+    optimizer = recipe_optimizer(recipe, steps_per_epoch=steps_per_epoch)
+    state = create_state(key, make_model, optimizer)
+    if weights is None:
+        return state
+    params, batch_stats = (
+        taken_over(own, trained, num_classes=info.num_classes)
+        for own, trained in zip((state.params, state.batch_stats), weights, strict=True)
+    )
+    return dataclasses.replace(
+        state, params=params, batch_stats=batch_stats, opt_state=optimizer.init(params)
+    )

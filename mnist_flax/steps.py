@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -21,13 +21,14 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from mnist_flax.checks import check_image_array, check_label_array
-from mnist_flax.compat import as_pure
 from mnist_flax.data import Examples
 from mnist_flax.errors import InputError
 from mnist_flax.metrics import PADDING, Metrics
 from mnist_flax.ops import Ops
+from mnist_flax.weights import frozen, without
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
+Loss = Callable[[jax.Array, Examples], jax.Array]
 T = TypeVar("T")
 
 
@@ -57,7 +58,7 @@ class TrainState:
     Attributes:
       step: steps taken, int32 [].
       key: the run's key; it never changes.
-      params: trainable parameters.
+      params: trainable parameters, nested dicts of arrays by the model's attributes.
       batch_stats: what else the model holds and its calls change: BatchNorm's running means and
         variances, and where an own model has them, its random streams and other variables.
       opt_state: the optimizer's state.
@@ -102,12 +103,12 @@ def create_state(
         params_key, other_key = (draw_key(key, Purpose.INIT, index) for index in (0, 1))
         model = make_model(nnx.Rngs(other_key, params=params_key))
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, ...)
-    params = as_pure(params)
+    params = nnx.to_pure_dict(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=key,
         params=params,
-        batch_stats=as_pure(batch_stats),
+        batch_stats=nnx.to_pure_dict(batch_stats),
         opt_state=optimizer.init(params),
         plateau=optax.contrib.reduce_on_plateau().init(params),
         graphdef=graphdef,
@@ -128,7 +129,8 @@ def without_optimizer(state: TrainState) -> TrainState:
 
 def to_model(state: TrainState) -> Any:
     """Returns the model with copies of the state's parameters and statistics."""
-    return nnx.merge(state.graphdef, state.params, state.batch_stats, copy=True)
+    variables: Any = (nnx.State(state.params), nnx.State(state.batch_stats))
+    return nnx.merge(state.graphdef, *variables, copy=True)
 
 
 def with_ops(state: TrainState, ops: Ops) -> TrainState:
@@ -199,6 +201,13 @@ def call_model(model: Any, images_BHWC: jax.Array, *, train: bool, **options: An
         options = {name: value for name, value in options.items() if name in parameters}
     if "train" not in options:
         model.train() if train else model.eval()
+    try:
+        inspect.signature(model.__call__).bind(images_BHWC, **options)
+    except TypeError as error:
+        raise InputError(
+            "a model's call takes images, and by name train, key and dropout_rate or fewer of "
+            f"them: {type(model).__name__} cannot be called so ({error})"
+        ) from None
     logits_BK = model(images_BHWC, **options)
     B, shape = images_BHWC.shape[0], list(logits_BK.shape)  # B may be symbolic
     if len(shape) != 2 or shape[0] != B:
@@ -248,55 +257,157 @@ def specs_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
 
 
-def train_step(
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """What a batch says of a state. A pytree.
+
+    Attributes:
+      grads: the gradient of the mean loss by the state's parameters, a tree like them.
+      batch_stats: the state's `batch_stats` after the batch was seen.
+      metrics: the batch's metrics under the parameters: the training loss and the accuracy with
+        Dropout and augmentation on.
+    """
+
+    grads: Any
+    batch_stats: Any
+    metrics: Metrics
+
+
+def loss_and_grads(
     state: TrainState,
     batch: Examples,
     *,
+    loss: Loss | None = None,
     augment: Augment | None = None,
     augment_steps: int | None = None,
     label_smoothing: float | jax.Array = 0.0,
     dropout_rate: float | jax.Array | None = None,
+    freeze: Sequence[str] = (),
+) -> Gradients:
+    """Returns the gradients of a batch's mean loss; `apply_gradients` takes the step.
+
+    Between the two, gradients can be changed or added to: by those of a penalty, of another batch,
+    of noise. All arguments are as in `train_step`, which is the one after the other.
+
+    Raises:
+      InputError: as in `train_step`.
+    """
+    check_options(loss=loss, label_smoothing=label_smoothing, dropout_rate=dropout_rate)
+    own = functools.partial(
+        _gradients, loss=loss, augment=augment, augment_steps=augment_steps, freeze=tuple(freeze)
+    )
+    params, stats = specs_of((state.params, state.batch_stats))
+    return on_auto_axes(
+        lambda *operands: own(*operands)[0],
+        state,
+        batch,
+        label_smoothing,
+        dropout_rate,
+        out_specs=Gradients(params, stats, PartitionSpec()),  # type: ignore
+    )
+
+
+def apply_gradients(
+    state: TrainState, gradients: Gradients, *, freeze: Sequence[str] = (), value_fn: Any = None
+) -> TrainState:
+    """Returns the state after one optimizer step by the gradients.
+
+    Args:
+      state: the state before the step; its arrays stay valid.
+      gradients: those of `loss_and_grads`, or others in its place.
+      freeze: as in `train_step`.
+      value_fn: the loss as a function of the parameters, for optimizers that search along a line;
+        the others are given the loss and its gradient.
+    """
+    updates, opt_state = optax.with_extra_args_support(state.optimizer).update(
+        gradients.grads,
+        state.opt_state,
+        state.params,
+        value=gradients.metrics.loss,
+        grad=gradients.grads,
+        value_fn=value_fn,
+    )
+    updates = without(optax.tree.scale(state.plateau.scale, updates), freeze)
+    return dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=gradients.batch_stats,
+        opt_state=opt_state,
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Examples,
+    *,
+    loss: Loss | None = None,
+    augment: Augment | None = None,
+    augment_steps: int | None = None,
+    label_smoothing: float | jax.Array = 0.0,
+    dropout_rate: float | jax.Array | None = None,
+    freeze: Sequence[str] = (),
 ) -> tuple[TrainState, Metrics]:
-    """Takes one optimizer step on the mean cross-entropy of a full batch.
+    """Takes one optimizer step on the mean loss of a full batch.
 
     Args:
       state: the state before the step; its arrays stay valid.
       batch: images [B, H, W, C], uint8 or float in [0, 1], and labels [B], integers in [0, K). A
         label outside makes the loss NaN, and so does -1: BatchNorm would see the padding.
+      loss: `loss(logits_BK, batch) -> losses_B`, or their mean; None for the cross-entropy.
       augment: `augment(key, images_BHWC) -> images_BHWC` on float images, such as
         `functools.partial(random_affine, rotate=10)`, after the model's own `preprocess_images`;
         None trains on the images as they are.
       augment_steps: the first steps of the run, in which images are augmented; None augments in
         all.
-      label_smoothing: the share of each target that is spread evenly over the classes, in [0, 1).
+      label_smoothing: the share of each target that is spread evenly over the classes, in [0, 1);
+        0 with a loss of one's own.
       dropout_rate: Dropout's rate, in [0, 1); None for the model's own.
+      freeze: names of layers, as the model's attributes, whose parameters and statistics stay
+        exactly as they are; `CNN` normalises by those statistics then, as in evaluation.
 
     Returns:
       The state after the step, and the batch's metrics under the parameters before it: the
-      (smoothed) training loss and the accuracy with Dropout and augmentation on.
+      training loss and the accuracy with Dropout and augmentation on.
 
     Raises:
-      InputError: images or labels have no such shape or dtype, or an option cannot have its value.
+      InputError: images, labels or losses have no such shape or dtype, or an option cannot have
+        its value.
     """
-    require_share("label_smoothing", label_smoothing)
-    require_share("dropout_rate", dropout_rate)
-    step = functools.partial(_train_step, augment=augment, augment_steps=augment_steps)
-    options = {"label_smoothing": label_smoothing, "dropout_rate": dropout_rate}
-    out_specs = specs_of(state), PartitionSpec()
-    return on_auto_axes(
-        lambda state, batch, options: step(state, batch, **options),
-        state,
-        batch,
-        options,
-        out_specs=out_specs,
+    check_options(loss=loss, label_smoothing=label_smoothing, dropout_rate=dropout_rate)
+    own = functools.partial(
+        _gradients, loss=loss, augment=augment, augment_steps=augment_steps, freeze=tuple(freeze)
     )
 
+    def step(state, *operands):
+        gradients, value_fn = own(state, *operands)
+        after = apply_gradients(state, gradients, freeze=freeze, value_fn=value_fn)
+        return after, gradients.metrics
 
-def _train_step(state, batch, *, augment, augment_steps, label_smoothing, dropout_rate):
+    out_specs = specs_of(state), PartitionSpec()
+    return on_auto_axes(step, state, batch, label_smoothing, dropout_rate, out_specs=out_specs)
+
+
+def check_options(*, loss: Loss | None, label_smoothing: Any, dropout_rate: Any) -> None:
+    """Raises InputError where options of `train_step` cannot have their values."""
+    require_share("label_smoothing", label_smoothing)
+    require_share("dropout_rate", dropout_rate)
+    if loss is not None and not (isinstance(label_smoothing, int | float) and label_smoothing == 0):
+        raise InputError(
+            f"label_smoothing is {label_smoothing}, but the loss is your own, which never reads "
+            "it; give 0"
+        )
+
+
+def _gradients(
+    state, batch, label_smoothing, dropout_rate, *, loss, augment, augment_steps, freeze
+):
+    """Returns the `Gradients`, and the mean loss as a function of the parameters."""
     labels_B = to_labels(batch.labels, num_examples=batch.images.shape[0])
 
     def loss_fn(params):
-        model = to_model(dataclasses.replace(state, params=params))
+        model = frozen(to_model(dataclasses.replace(state, params=params)), freeze)
         images_BHWC = prepared(model, batch.images)
         if augment is not None:
             images_BHWC = augmented(state, images_BHWC, augment, steps=augment_steps)
@@ -304,34 +415,34 @@ def _train_step(state, batch, *, augment, augment_steps, label_smoothing, dropou
         if dropout_rate is not None:
             options["dropout_rate"] = dropout_rate
         logits_BK = call_model(model, images_BHWC, train=True, **options)
-        losses_B = smoothed_losses(logits_BK, labels_B, label_smoothing=label_smoothing)
+        if loss is None:
+            losses_B = smoothed_losses(logits_BK, labels_B, label_smoothing=label_smoothing)
+        else:
+            losses_B = own_losses(loss, logits_BK, Examples(batch.images, labels_B))
         return jnp.mean(losses_B), (changed_stats(state, model), losses_B, logits_BK)
 
     grads, (batch_stats, losses_B, logits_BK) = jax.grad(loss_fn, has_aux=True)(state.params)
     # Out here, for within the loss XLA would round the gradient of right labels otherwise.
     known_B = (labels_B >= 0) & (labels_B < logits_BK.shape[-1])
     losses_B = jnp.where(known_B, losses_B, jnp.nan)
-    updates, opt_state = optax.with_extra_args_support(state.optimizer).update(
-        grads,
-        state.opt_state,
-        state.params,
-        value=jnp.mean(losses_B),
-        grad=grads,
-        value_fn=lambda params: loss_fn(params)[0],
-    )
-    updates = optax.tree.scale(state.plateau.scale, updates)
-    new_state = dataclasses.replace(
-        state,
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-    )
     # No label is padding here, so that the NaN of one outside [0, K) counts.
     metrics = Metrics.of_batch(
         losses_B=losses_B, logits_BK=logits_BK, labels_B=jnp.maximum(labels_B, 0)
     )
-    return new_state, metrics
+    batch_stats = without(batch_stats, freeze, instead=state.batch_stats)
+    return Gradients(without(grads, freeze), batch_stats, metrics), lambda p: loss_fn(p)[0]
+
+
+def own_losses(loss: Loss, logits_BK: jax.Array, batch: Examples) -> jax.Array:
+    """Returns what `loss` gives, as each example's loss [B].
+
+    Raises:
+      InputError: it is neither [B] nor a single number.
+    """
+    losses, B = jnp.asarray(loss(logits_BK, batch)), len(logits_BK)
+    if losses.shape not in ((B,), ()):
+        raise InputError(f"the loss must return [{B}], or their mean, not {list(losses.shape)}")
+    return jnp.broadcast_to(losses, B)
 
 
 def augmented(
@@ -356,7 +467,7 @@ def smoothed_losses(
 
 def changed_stats(state: TrainState, model: Any) -> Any:
     """Returns what `model` holds beside parameters after a call, in the dtypes of the state."""
-    batch_stats = as_pure(nnx.split(model, nnx.Param, ...)[2])
+    batch_stats = nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
 
     def as_before(new, old):
         return new if new.dtype == old.dtype else new.astype(old.dtype)

@@ -17,6 +17,7 @@ CORE = [
     "moments",
     "ops",
     "model",
+    "weights",
     "steps",
     "optimizer",
     "stopping",

@@ -16,7 +16,6 @@ from flax import nnx
 from tensorboardX.proto import event_pb2
 from test_archives import write_subset
 
-from mnist_flax.compat import as_pure
 from mnist_flax.datasets import load_splits
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.evaluation import _logits, evaluate, predict
@@ -74,7 +73,7 @@ def test_every_seed_draws_its_own_parameters(small):
         recipe = dataclasses.replace(RECIPE, seed=seed)
         state = initial_state(recipe, small.info, steps=24, mesh=make_mesh())
         key = draw_key(jax.random.key(seed), Purpose.INIT, 0)
-        own = as_pure(nnx.state(CNN(RECIPE.model, rngs=nnx.Rngs(params=key)), nnx.Param))
+        own = nnx.to_pure_dict(nnx.state(CNN(RECIPE.model, rngs=nnx.Rngs(params=key)), nnx.Param))
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, own
         )

@@ -8,7 +8,6 @@ import difflib
 import io
 import json
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from mnist_flax.recipe import (
     StoppingConfig,
     from_dict,
     kind_class,
+    run_file,
 )
 from mnist_flax.recipes import RECIPES
 from mnist_flax.workdir import RECIPE_FILE, local_path
@@ -55,7 +55,7 @@ def _recipe_of_file(path: Path, name: str) -> Recipe:
     if not path.is_file():
         raise InputError(f"recipe {path}:{name}: there is no file {path}")
     try:
-        found = runpy.run_path(str(path))
+        found = vars(run_file(path))
     except Exception as error:
         line = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise InputError(f"recipe {path}:{name}: {path} cannot be run ({line})") from error

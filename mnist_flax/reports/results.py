@@ -34,7 +34,7 @@ def digest(state: TrainState) -> str:
     """Returns the SHA-256 of the parameters' and BatchNorm statistics' names, dtypes and bits."""
     sha = hashlib.sha256()
     for path, array in jax.tree.leaves_with_path((state.params, state.batch_stats)):
-        host = np.asarray(array)
+        host = np.asarray(jax.random.key_data(array) if checkpoint.is_key(array) else array)
         sha.update(f"{jax.tree_util.keystr(path)} {host.dtype} {host.shape}".encode())
         sha.update(host.tobytes())
     return sha.hexdigest()
