@@ -36,12 +36,22 @@ class Command:
     json: bool = False
 
 
-def read(path: Path, *, line: bool) -> list[Any]:
-    """Returns the digits of a picture."""
+def read(path: Path, info, *, line: bool):
+    """Returns what there is to classify in a picture, [N, H, W, C].
+
+    Of a network that was trained on folders of images, the picture itself, as those were read; of
+    others, which know digits and their like, the ink that is found in it.
+    """
+    import numpy as np
+
+    from mnist_flax.datasets.folders import VERSION, read_image
     from mnist_flax.reports import digits
 
+    if info.version == VERSION:
+        return read_image(path, image_shape=info.image_shape)[None]
     ink = digits.read_picture(path)
-    return digits.find_digits(ink) if line else [digits.find_digit(ink)]
+    found = digits.find_digits(ink) if line else [digits.find_digit(ink)]
+    return np.stack([digit.image_HWC for digit in found])
 
 
 def answer(probabilities_K, names) -> dict[str, Any]:
@@ -68,6 +78,7 @@ def main(arguments):
 
     import numpy as np
 
+    from mnist_flax.datasets.folders import VERSION
     from mnist_flax.evaluation import Evaluation, predict
     from mnist_flax.reports.digits import require_shape
     from mnist_flax.reports.figures import plot_predictions, save_figure
@@ -75,12 +86,13 @@ def main(arguments):
 
     run = load_run(command.paths[0])
     print(run, file=sys.stderr)
-    require_shape(run.info.image_shape)
+    if run.info.version != VERSION:
+        require_shape(run.info.image_shape)
     names = run.info.class_names
     images, probabilities, answers = [], [], []
     for path in command.paths[1:]:
         try:
-            found = np.stack([digit.image_HWC for digit in read(path, line=command.line)])
+            found = read(path, run.info, line=command.line)
         except InputError as error:
             answers.append({"picture": str(path), "error": str(error)})
             continue

@@ -103,6 +103,8 @@ def choose_mesh(command: Command):
 def resume_command(command: Command, workdir: Path) -> str:
     """Returns the command line that continues the run, on the same data and devices."""
     words = [*command_line.program(), "--resume", "--workdir", str(workdir)]
+    if command.images is not None:
+        words += ["--images", str(command.images), "--image-shape", *map(str, command.image_shape)]
     for option in ("data_dir", "archives", "devices"):
         if (value := getattr(command, option)) is not None:
             words += [f"--{option.replace('_', '-')}", str(value)]

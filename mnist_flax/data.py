@@ -4,7 +4,8 @@ Shapes: N examples, S steps, B batch, H height, W width, C channels.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -134,6 +135,92 @@ class Splits(Generic[TrainT]):
     test: Examples
     info: DatasetInfo
 
+    @classmethod
+    def from_arrays(
+        cls,
+        train: tuple[Any, Any],
+        test: tuple[Any, Any],
+        val: tuple[Any, Any] | None = None,
+        *,
+        val_size: int = 0,
+        seed: int = 0,
+        class_names: Sequence[str] | None = None,
+        name: str = "own",
+    ) -> "Splits[Examples]":
+        """Makes splits of a user's own arrays, as Keras, PyTorch and scikit-learn hand them over.
+
+        Args:
+          train: images [N, H, W] or [N, H, W, C], uint8 or floating-point in [0, 1], and labels, a
+            whole number each, [N] or [N, 1]. Whatever NumPy makes arrays of.
+          test: likewise.
+          val: likewise; None takes `val_size` examples out of `train` (`split_indices`).
+          val_size: how many; 0 for none.
+          seed: which ones.
+          class_names: the classes' names, by label from 0 to K - 1. None takes the labels of
+            `train` in ascending order for names, and numbers them from 0.
+          name: what to call the dataset.
+
+        Raises:
+          InputError: images or labels have no such shape, dtype or value, or the splits differ in
+            shape or in their classes.
+        """
+        parts = [_own_examples(part) for part in (train, test, val) if part is not None]
+        if class_names is None:
+            classes = np.unique(parts[0].labels)
+            class_names = tuple(map(str, classes))
+            parts = [_numbered(part, classes) for part in parts]
+        own, (height, width, channels) = parts[0], parts[0].images.shape[1:]
+        image_shape = height, width, channels
+        for part, label in zip(parts, ("train", "test", "val"), strict=False):
+            check_examples(part, name=label, image_shape=image_shape, num_classes=len(class_names))
+        info = DatasetInfo(
+            name=name,
+            version="",
+            num_classes=len(class_names),
+            class_names=tuple(class_names),
+            image_shape=image_shape,
+            fingerprint=fingerprint([own], [parts[1]]),
+        )
+        if val is not None:
+            return Splits(own, parts[2], parts[1], info)
+        train_indices, val_indices = split_indices(len(own), val_size=val_size, seed=seed)
+        return Splits(own[train_indices], own[val_indices], parts[1], info)
+
+
+def _own_examples(pair: tuple[Any, Any]) -> Examples:
+    images, labels = map(np.asarray, pair)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype == np.float64:
+        images = images.astype(np.float32)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    check_image_array(images)
+    check_label_array(labels, num_examples=len(images))
+    return Examples(images, labels.astype(np.int32))
+
+
+def _numbered(examples: Examples, classes: np.ndarray) -> Examples:
+    """Returns the examples with their labels' places among `classes` for labels."""
+    labels_N = np.searchsorted(classes, examples.labels).astype(np.int32)
+    known_N = classes[np.minimum(labels_N, len(classes) - 1)] == examples.labels
+    if not known_N.all():
+        unknown = np.asarray(examples.labels)[~known_N][0]
+        raise InputError(f"there is a label {unknown}, and none of its like in train; leave it out")
+    return Examples(examples.images, labels_N)
+
+
+def fingerprint(*splits: Iterable[Examples]) -> str:
+    """Returns the `DatasetInfo.fingerprint` of splits given in chunks, however they are cut."""
+    digest = hashlib.sha256()
+    for chunks in splits:
+        images, labels = hashlib.sha256(), hashlib.sha256()
+        for chunk in chunks:
+            images.update(np.ascontiguousarray(chunk.images).data)
+            labels.update(np.ascontiguousarray(chunk.labels, "<i4").data)
+        digest.update(images.digest() + labels.digest())
+    return digest.hexdigest()[:16]
+
 
 def split_indices(num_examples: int, *, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Chooses which examples of "train" are for training and which for validation.
@@ -220,17 +307,31 @@ def check_splits(splits: "Splits") -> None:
         check_examples(splits.val, name="val", **wanted)
 
 
-def epoch_order(key: jax.Array, *, num_examples: int, batch_size: int) -> jax.Array:
+def balanced_weights(labels_N: np.ndarray | jax.Array) -> np.ndarray:
+    """Returns how often to draw each example, float32 [N], for classes that are equally frequent.
+
+    The weights sum to N.
+    """
+    _, classes_N, counts = np.unique(labels_N, return_inverse=True, return_counts=True)
+    return (len(classes_N) / (len(counts) * counts))[classes_N].astype(np.float32)
+
+
+def epoch_order(
+    key: jax.Array, *, num_examples: int, batch_size: int, weights_N: Any = None
+) -> jax.Array:
     """Shuffles the examples of an epoch into full batches.
 
     Args:
       key: A fresh key for each epoch.
       num_examples: N.
       batch_size: B, from 1 to N.
+      weights_N: how often each example is to be there, such as `balanced_weights`, on average; None
+        for once.
 
     Returns:
       indices_SB int32: S = N // B batches of distinct examples. The N % B examples left over
-      differ from epoch to epoch.
+      differ from epoch to epoch. With weights, the examples at S B equal steps from a random start
+      along the weights' sum: each is there as often as its weight says, rounded up or down.
 
     Raises:
       InputError: `batch_size` is not from 1 to N.
@@ -240,7 +341,14 @@ def epoch_order(key: jax.Array, *, num_examples: int, batch_size: int) -> jax.Ar
             f"batch_size must be from 1 to the {num_examples} training examples, got {batch_size}"
         )
     steps = num_examples // batch_size
-    order_N = jax.random.permutation(key, jnp.arange(num_examples, dtype=jnp.int32))
+    indices_N = jnp.arange(num_examples, dtype=jnp.int32)
+    if weights_N is not None:
+        key, start_key = jax.random.split(key)
+        sums_N = jnp.cumsum(jnp.asarray(weights_N))
+        places_N = (indices_N + jax.random.uniform(start_key)) * (sums_N[-1] / num_examples)
+        places_N = jnp.searchsorted(sums_N, places_N, side="right")
+        indices_N = jnp.minimum(places_N, num_examples - 1).astype(jnp.int32)
+    order_N = jax.random.permutation(key, indices_N)
     return order_N[: steps * batch_size].reshape(steps, batch_size)
 
 

@@ -22,7 +22,14 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from mnist_flax import checkpoint, hosts
-from mnist_flax.data import DatasetInfo, Records, Splits, check_splits
+from mnist_flax.data import (
+    DatasetInfo,
+    Examples,
+    Records,
+    Splits,
+    balanced_weights,
+    check_splits,
+)
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.feed import Chunk, Feed, resident_feed, streamed_feed
 from mnist_flax.metrics import Metrics
@@ -99,6 +106,11 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh, replicas: int = 1)
         raise InputError(
             f"val_size is {recipe.val_size}, but the splits hold {len(splits.val.labels)} "
             "validation examples; load them with the recipe's val_size"
+        )
+    if recipe.balance and isinstance(splits.train, Records):
+        raise InputError(
+            "balance needs the labels of all training examples, which streamed records do not have "
+            "at hand; hold them in memory, or set it to False"
         )
     steps = splits.train.num_examples // recipe.batch_size
     state_shape(without_seed(recipe), splits.info, steps=steps)
@@ -290,12 +302,14 @@ class Trainer:
         streamed = isinstance(splits.train, Records)
         self._train = splits.train if streamed else place(splits.train, everywhere(mesh))
         self._val = sharded_batches(splits.val, mesh=mesh) if recipe.val_size else None
+        balance = recipe.balance and isinstance(splits.train, Examples)
+        self._weights = balanced_weights(splits.train.labels) if balance else None
         self._order = order_program(num_examples=N, batch_size=recipe.batch_size, mesh=mesh)
         self._rates = rates_program(without_seed(recipe), steps=self.steps, mesh=mesh)
 
     def feed(self, progress: Progress, epoch: int) -> Feed:
         """Returns what feeds the rest of an epoch."""
-        indices_RSB = self._order(progress.states.key, epoch)
+        indices_RSB = self._order(progress.states.key, (epoch, self._weights))
         if not isinstance(self._train, Records):
             return resident_feed(self._train, indices_RSB)
         done = progress.step % self.steps

@@ -82,11 +82,19 @@ def state_program(recipe: Recipe, info: DatasetInfo, *, steps: int, mesh: Mesh) 
 
 @once
 def order_program(*, num_examples: int, batch_size: int, mesh: Mesh) -> Callable:
-    """Returns the compiled order of an epoch, [R, S, B], a function of keys [R] and the epoch."""
+    """Returns the compiled order of an epoch, [R, S, B].
 
-    def order(key, epoch):
-        order_key = draw_key(key, Purpose.ORDER, epoch)
-        return epoch_order(order_key, num_examples=num_examples, batch_size=batch_size)
+    It is a function of keys [R], and of the epoch and `epoch_order`'s weights.
+    """
+
+    def order(key, shared):
+        epoch, weights_N = shared
+        return epoch_order(
+            draw_key(key, Purpose.ORDER, epoch),
+            num_examples=num_examples,
+            batch_size=batch_size,
+            weights_N=weights_N,
+        )
 
     return jax.jit(over_replicas(order, mesh=mesh), out_shardings=by_batch(mesh))
 

@@ -109,6 +109,8 @@ class Recipe:
       epochs: epochs to train, at most.
       batch_size: examples in a training step; a last partial batch is left out of its epoch.
       label_smoothing: the share of each target that is spread evenly over classes, in [0, 1).
+      balance: whether classes are equally frequent in an epoch (`data.balanced_weights`): examples
+        of rare ones are repeated, and of others some are left out.
       accumulate: steps whose gradients are averaged into one update of the optimizer; the learning
         rate is that of the first of them, and an epoch need not be a multiple of them.
       freeze: names of layers, such as "convs" and "norms" of a `CNN`, that stay exactly as they are
@@ -135,6 +137,7 @@ class Recipe:
     epochs: int = 10
     batch_size: int = 128
     label_smoothing: float = 0.0
+    balance: bool = False
     accumulate: int = 1
     freeze: tuple[str, ...] = ()
     plain_share: float = 0.0

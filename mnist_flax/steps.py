@@ -467,7 +467,8 @@ def smoothed_losses(
 
 def changed_stats(state: TrainState, model: Any) -> Any:
     """Returns what `model` holds beside parameters after a call, in the dtypes of the state."""
-    batch_stats = nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
+    other: Any = nnx.split(model, nnx.Param, ...)[2]
+    batch_stats = nnx.to_pure_dict(other)
 
     def as_before(new, old):
         return new if new.dtype == old.dtype else new.astype(old.dtype)

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import string
 import struct
 import types
 import urllib.request
@@ -39,6 +40,9 @@ NAMES = ("mnist", "fashion_mnist", "kmnist")
 
 VERSION = "3.0.1"
 """The version of those datasets in TFDS."""
+
+EMNIST_VERSION = "3.1.0"
+"""The version of EMNIST's parts in TFDS."""
 
 BUNDLED = Path(__file__).with_name("archives")
 """The directory of the four MNIST archives that come with this package."""
@@ -64,8 +68,18 @@ CLASS_NAMES = {
 }
 """The names of the classes, by label, as in TFDS."""
 
+_UPPER, _LOWER = string.ascii_uppercase, string.ascii_lowercase
+CLASS_NAMES |= {
+    "emnist/byclass": tuple(string.digits + _UPPER + _LOWER),
+    "emnist/bymerge": tuple(string.digits + _UPPER + "abdefghnqrt"),
+    "emnist/balanced": tuple(string.digits + _UPPER + "abdefghnqrt"),
+    "emnist/letters": tuple(_LOWER),
+    "emnist/digits": tuple(string.digits),
+    "emnist/mnist": tuple(string.digits),
+}
+"""EMNIST's parts (Cohen et al. 2017, arXiv 1702.05373), which `archives` can stand for."""
+
 _IMAGE_SHAPE = (28, 28)
-_NUM_CLASSES = 10
 
 _MAX_BYTES = 2**30  # Twice EMNIST "byclass", the largest of the family.
 _CHUNK_BYTES = 2**20
@@ -108,14 +122,24 @@ FILE_NAMES = (
 )
 """The usual names of the four archives, without `.gz`, in the order of `Archives`."""
 
+EMNIST_NAMES = (*FILE_NAMES[:2], "test-images-idx3-ubyte", "test-labels-idx1-ubyte")
+"""The names of EMNIST's archives, after "emnist-PART-"."""
+
 _ALL_FILES = ", ".join(f"{name}.gz" for name in FILE_NAMES)
 
 
-def find_archives(directory: str | os.PathLike[str]) -> Archives:
+def _spellings(root: Path, name: str) -> list[Path]:
+    """Returns where an archive may lie: gzipped or not, and with a dot, as some sites have it."""
+    names = name, name.replace("-idx", ".idx")
+    return [root / f"{own}{suffix}" for own in names for suffix in (".gz", "")]
+
+
+def find_archives(directory: str | os.PathLike[str], name: str = "mnist") -> Archives:
     """Finds the four archives of a dataset by their usual names.
 
     Args:
       directory: Where they lie. Where a file is there twice, `.gz` is taken.
+      name: Of which dataset they are: EMNIST's are named after its parts, all others' alike.
 
     Returns:
       Their paths.
@@ -126,11 +150,10 @@ def find_archives(directory: str | os.PathLike[str]) -> Archives:
     root = local_path(directory, name="archives")
     if not root.is_dir():
         raise InputError(f"archives: {root} is not a directory; it should hold {_ALL_FILES}")
-    paths = [
-        next((path for path in (root / f"{name}.gz", root / name) if path.is_file()), None)
-        for name in FILE_NAMES
-    ]
-    missing = [name for name, path in zip(FILE_NAMES, paths, strict=True) if path is None]
+    part = name.removeprefix("emnist/")
+    names = FILE_NAMES if part == name else tuple(f"emnist-{part}-{own}" for own in EMNIST_NAMES)
+    paths = [next((p for p in _spellings(root, own) if p.is_file()), None) for own in names]
+    missing = [own for own, path in zip(names, paths, strict=True) if path is None]
     if missing:
         raise InputError(f"archives: {root} lacks {', '.join(missing)} (each .gz or not)")
     return Archives(*(path for path in paths if path is not None))
@@ -193,13 +216,17 @@ def _read_stream(stream: IO[bytes] | gzip.GzipFile, path: Path, ndim: int) -> np
 
 
 def read_examples(
-    images_path: str | os.PathLike[str], labels_path: str | os.PathLike[str]
+    images_path: str | os.PathLike[str],
+    labels_path: str | os.PathLike[str],
+    *,
+    name: str = "mnist",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reads one split of MNIST, or of a dataset published in its form.
 
     Args:
       images_path: An IDX file of 28x28 images.
-      labels_path: An IDX file of as many labels, each from 0 to 9.
+      labels_path: An IDX file of as many labels, each of a class from 0 on.
+      name: The dataset. EMNIST's images lie on their side, and its letters are counted from 1.
 
     Returns:
       images_NHW uint8 and labels_N uint8.
@@ -220,9 +247,13 @@ def read_examples(
         )
     if not len(labels_N):
         raise InputError(f"{images_path} holds no images")
-    if labels_N.max() >= _NUM_CLASSES:
-        raise InputError(f"{labels_path} holds the label {labels_N.max()}: more than 9")
-    return images_NHW, labels_N
+    if name == "emnist/letters":
+        if labels_N.min() < 1:
+            raise InputError(f"{labels_path} holds the label 0; letters are counted from 1")
+        labels_N = labels_N - 1
+    if labels_N.max() >= (classes := len(CLASS_NAMES[name])):
+        raise InputError(f"{labels_path} holds the label {labels_N.max()}: more than {classes - 1}")
+    return images_NHW.transpose(0, 2, 1) if name.startswith("emnist/") else images_NHW, labels_N
 
 
 def local_archives(
@@ -243,7 +274,7 @@ def local_archives(
       InputError: `archives` is no directory of four archives, or MNIST's own are not the originals.
     """
     if archives is not None:
-        return find_archives(archives)
+        return find_archives(archives, name)
     if name != "mnist":
         return None
     files = find_archives(bundled)
@@ -332,15 +363,17 @@ def prepare(name: str, directory: Path, files: Archives | None) -> None:
         shutil.rmtree(downloads, ignore_errors=True)
 
 
-def read_splits(files: Archives) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_splits(
+    files: Archives, *, name: str = "mnist"
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Reads both splits of a dataset: images_NHW uint8 and labels_N uint8 of "train" and "test".
 
     Raises:
       InputError: A file cannot be read, or two do not make a split.
     """
     return {
-        "train": read_examples(files.train_images, files.train_labels),
-        "test": read_examples(files.test_images, files.test_labels),
+        "train": read_examples(files.train_images, files.train_labels, name=name),
+        "test": read_examples(files.test_images, files.test_labels, name=name),
     }
 
 

@@ -10,12 +10,11 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +22,15 @@ import filelock
 import numpy as np
 from tqdm.auto import tqdm
 
-from mnist_flax.data import DatasetInfo, Examples, Records, Splits, split_indices, take
+from mnist_flax.data import (
+    DatasetInfo,
+    Examples,
+    Records,
+    Splits,
+    fingerprint,
+    split_indices,
+    take,
+)
 from mnist_flax.datasets import archives as archives_lib
 from mnist_flax.errors import InputError
 from mnist_flax.workdir import local_path
@@ -58,7 +65,8 @@ def load_splits(
       data_dir: TFDS's root directory. By default $TFDS_DATA_DIR, or ~/tensorflow_datasets. Nothing
         is read from there or written to it for what is held in memory from archives.
       archives: A directory of the four IDX archives to read the dataset from, instead of
-        those that TFDS knows: for one that cannot be downloaded, or for variants of MNIST.
+        those that TFDS knows: for one that cannot be downloaded, for variants of MNIST, or for
+        "emnist/balanced" and its like, in memory alone.
       stream: Make `train` a `Records`, of which nothing is held in memory.
 
     Returns:
@@ -73,9 +81,13 @@ def load_splits(
         raise InputError(f"val_size and seed must not be negative, got {val_size} and {seed}")
     if data_dir is not None:
         local_path(data_dir, name="data_dir")  # Refused even where it is not needed.
-    if archives is not None and name not in archives_lib.NAMES:
-        raise InputError(f"archives can stand for {_known()}, not for {name!r}")
-    files = archives_lib.local_archives(name, archives) if name in archives_lib.NAMES else None
+    if archives is not None and name not in archives_lib.CLASS_NAMES:
+        known = ", ".join(archives_lib.CLASS_NAMES)
+        raise InputError(f"archives can stand for {known}, not for {name!r}")
+    is_archive = name in archives_lib.NAMES or archives is not None
+    files = archives_lib.local_archives(name, archives) if is_archive else None
+    if stream and name.startswith("emnist/") and files:
+        raise InputError(f"{name} is held in memory where it is read from archives; do not stream")
     if stream:
         return _load_streamed(name, _root(data_dir), files, val_size=val_size, seed=seed)
     if files:
@@ -97,17 +109,17 @@ def _read_archives(
 ) -> tuple[Examples, Examples, DatasetInfo]:
     train, test = (
         Examples(images_NHW[..., None], labels_N.astype(np.int32))
-        for images_NHW, labels_N in archives_lib.read_splits(files).values()
+        for images_NHW, labels_N in archives_lib.read_splits(files, name=name).values()
     )
     names = archives_lib.CLASS_NAMES[name]
     height, width, channels = train.images.shape[1:]
     info = DatasetInfo(
         name=name,
-        version=archives_lib.VERSION,
+        version=archives_lib.VERSION if name in archives_lib.NAMES else archives_lib.EMNIST_VERSION,
         num_classes=len(names),
         class_names=names,
         image_shape=(height, width, channels),
-        fingerprint=_fingerprint([train], [test]),
+        fingerprint=fingerprint([train], [test]),
     )
     return train, test, info
 
@@ -177,7 +189,7 @@ def _decode_once(
         prepare()
         prepared = _Prepared(directory)
         train, test = prepared.decode("train"), prepared.decode("test")
-        info = prepared.info(_fingerprint([train], [test]))
+        info = prepared.info(fingerprint([train], [test]))
         arrays: dict[str, Any] = {
             "train_images": train.images,
             "train_labels": train.labels,
@@ -202,7 +214,7 @@ def _scan_once(
             _, _, info = _read_archives(name, files)
         else:
             prepared = _Prepared(directory)
-            info = prepared.info(_fingerprint(prepared.chunks("train"), prepared.chunks("test")))
+            info = prepared.info(fingerprint(prepared.chunks("train"), prepared.chunks("test")))
         _write_info(directory, info)
         return info
 
@@ -272,18 +284,6 @@ def _lock(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fingerprint(*splits: Iterable[Examples]) -> str:
-    """Hashes splits that are given in chunks, however they are cut."""
-    digest = hashlib.sha256()
-    for chunks in splits:
-        images, labels = hashlib.sha256(), hashlib.sha256()
-        for chunk in chunks:
-            images.update(np.ascontiguousarray(chunk.images).data)
-            labels.update(np.ascontiguousarray(chunk.labels, "<i4").data)
-        digest.update(images.digest() + labels.digest())
-    return digest.hexdigest()[:16]
-
-
 class _Prepared:
     """A dataset that TFDS has prepared, checked to be one of images and labels."""
 
@@ -323,7 +323,7 @@ class _Prepared:
         with archives_lib.quiet():
             self.read(self.source("train"), np.arange(1))
 
-    def info(self, fingerprint: str) -> DatasetInfo:
+    def info(self, digest: str) -> DatasetInfo:
         name, config = self._builder.name, self._builder.builder_config_name
         if config and name not in archives_lib.NAMES:  # Theirs says only where the archives lay.
             name = f"{name}/{config}"
@@ -333,7 +333,7 @@ class _Prepared:
             num_classes=len(self._class_names),
             class_names=self._class_names,
             image_shape=self.image_shape,
-            fingerprint=fingerprint,
+            fingerprint=digest,
         )
 
     def num_examples(self, split: str) -> int:

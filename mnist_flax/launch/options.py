@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from mnist_flax.data import Splits
+from mnist_flax.errors import InputError
 from mnist_flax.launch import command_line
 from mnist_flax.recipe import Recipe
 
@@ -31,17 +32,33 @@ class Dataset(DataDir):
 
     Attributes:
       archives: a directory of four IDX archives to read the dataset from.
+      images: a directory of images of your own instead, train/CLASS/*.png and test/CLASS/*.png, or
+        CLASS/*.png.
+      image_shape: height, width and channels (1 or 3) that such images are resized to.
     """
 
     archives: Path | None = None
+    images: Path | None = None
+    image_shape: tuple[int, int, int] = (28, 28, 1)
 
     def load(self, recipe: Recipe, *, val_size: int | None = None, stream: bool = False) -> Splits:
         """Returns the recipe's dataset, with another number of validation examples if given.
 
         Raises:
-          InputError: it is not there, or too small.
+          InputError: it is not there, or too small; or own images are to be streamed.
         """
         from mnist_flax.datasets import load_splits
+        from mnist_flax.datasets.folders import load_image_folder
+
+        if self.images is not None:
+            if stream or self.archives is not None:
+                raise InputError("images are held in memory; leave out --stream and --archives")
+            return load_image_folder(
+                self.images,
+                image_shape=self.image_shape,
+                val_size=recipe.val_size if val_size is None else val_size,
+                seed=recipe.split_seed,
+            )
 
         return load_splits(
             recipe.dataset,
