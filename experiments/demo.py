@@ -50,25 +50,28 @@ def make_page(run):
     from PIL import Image
 
     from mnist_flax.evaluation import Evaluation, predict
-    from mnist_flax.reports import digits
+    from mnist_flax.reports import digits, familiarity
 
-    names = run.info.class_names
+    names, known = run.info.class_names, familiarity.load(run.workdir)
 
     def answer(sketch):
         drawn = sketch["composite"] if isinstance(sketch, dict) else sketch
         if drawn is None:
-            return {}, None
+            return {}, None, ""
         paper = Image.new("RGBA", drawn.size, "white")
         grey = Image.alpha_composite(paper, drawn.convert("RGBA")).convert("L")
         try:
             ink = digits.find_ink(np.asarray(grey, np.float32) / 255)
             image = digits.find_digit(ink).image_HWC
         except digits.NoDigitError:
-            return {}, None
+            return {}, None, ""
         logits = predict(run.state, image[None])
         probabilities = Evaluation(logits, np.zeros(1, np.int32)).probabilities_NK[0]
         seen = Image.fromarray(image[:, :, 0]).resize((SHOWN, SHOWN), Image.Resampling.NEAREST)
-        return dict(zip(names, map(float, probabilities), strict=True)), seen
+        strange = ""
+        if known is not None and known.distances(familiarity.features(run.state, image[None])) > 1:
+            strange = "It is nothing like what the network was trained on."
+        return dict(zip(names, map(float, probabilities), strict=True)), seen, strange
 
     with gr.Blocks(title="mnist_flax") as page:
         gr.Markdown("# Draw a digit")
@@ -85,7 +88,10 @@ def make_page(run):
             with gr.Column():
                 label = gr.Label(num_top_classes=10, label="Probabilities", elem_id="answer")
                 seen = gr.Image(height=SHOWN, width=SHOWN, label="What the network sees")
-        pad.change(answer, pad, [label, seen], show_progress="hidden", trigger_mode="always_last")
+                strange = gr.Markdown()
+        pad.change(
+            answer, pad, [label, seen, strange], show_progress="hidden", trigger_mode="always_last"
+        )
         page.load(None, js=TAKE_BRUSH)
     return page
 

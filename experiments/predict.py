@@ -18,6 +18,8 @@ from mnist_flax.errors import InputError
 from mnist_flax.launch import command_line
 from mnist_flax.workdir import require_directory
 
+STRANGE = "; but it is nothing like what the network was trained on"
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:
@@ -54,10 +56,15 @@ def read(path: Path, info, *, line: bool):
     return np.stack([digit.image_HWC for digit in found])
 
 
-def answer(probabilities_K, names) -> dict[str, Any]:
-    """Returns a digit, its probability and the runner-up's, as JSON."""
+def answer(probabilities_K, names, distance: float | None) -> dict[str, Any]:
+    """Returns a digit, its probability and the runner-up's, as JSON.
+
+    And, where the run knows, how far it is from what the network was trained on: above 1 it is
+    nothing like that (`mnist_flax.reports.familiarity`).
+    """
     second, first = probabilities_K.argsort()[-2:]
-    return {
+    known = {} if distance is None else {"distance": distance, "familiar": distance <= 1}
+    return known | {
         "label": names[first],
         "probability": float(probabilities_K[first]),
         "runner_up": names[second],
@@ -80,6 +87,7 @@ def main(arguments):
 
     from mnist_flax.datasets.folders import VERSION
     from mnist_flax.evaluation import Evaluation, predict
+    from mnist_flax.reports import familiarity
     from mnist_flax.reports.digits import require_shape
     from mnist_flax.reports.figures import plot_predictions, save_figure
     from mnist_flax.reports.results import load_run
@@ -88,7 +96,7 @@ def main(arguments):
     print(run, file=sys.stderr)
     if run.info.version != VERSION:
         require_shape(run.info.image_shape)
-    names = run.info.class_names
+    names, known = run.info.class_names, familiarity.load(run.workdir)
     images, probabilities, answers = [], [], []
     for path in command.paths[1:]:
         try:
@@ -100,7 +108,11 @@ def main(arguments):
         evaluation = Evaluation(logits_NK, np.zeros(len(found), np.int32))
         images.append(found)
         probabilities.append(evaluation.probabilities_NK)
-        digits = [answer(row, names) for row in evaluation.probabilities_NK]
+        distances = [None] * len(found)
+        if known is not None:
+            distances = known.distances(familiarity.features(run.state, found)).tolist()
+        pairs = zip(evaluation.probabilities_NK, distances, strict=True)
+        digits = [answer(row, names, distance) for row, distance in pairs]
         answers.append({"picture": str(path), "digits": digits})
     if command.show is not None and images:
         shown = np.concatenate(probabilities)
@@ -121,9 +133,10 @@ def main(arguments):
             print(f"{entry['picture']}: {entry['error']}", file=sys.stderr)
             continue
         for digit in entry["digits"]:
+            strange = "" if digit.get("familiar", True) else STRANGE
             print(
                 f"{entry['picture']}: {digit['label']} ({digit['probability']:.1%}), "
-                f"or {digit['runner_up']} ({digit['runner_up_probability']:.1%})"
+                f"or {digit['runner_up']} ({digit['runner_up_probability']:.1%}){strange}"
             )
     return int(any("error" in entry for entry in answers))
 

@@ -117,6 +117,7 @@ def train(command: Command, name: str, began: float) -> int:
     """Trains, evaluates on the test split once, writes the results."""
     from mnist_flax.evaluation import evaluate
     from mnist_flax.loop import fit
+    from mnist_flax.reports.familiarity import fit_familiarity
     from mnist_flax.reports.results import load_run, write_results
 
     recipe = command.recipe
@@ -144,6 +145,8 @@ def train(command: Command, name: str, began: float) -> int:
     except Interrupted as stop:
         print(f"{stop}; continue with: {resume_command(command, workdir)}", file=sys.stderr)
         return interrupts.exit_status
+    if hosts.is_first() and not command.distributed:
+        fit_familiarity(result.state, splits).save(workdir)
     test_began = time.perf_counter()
     test = evaluate(result.state, splits.test)
     if not hosts.is_first():

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 from mnist_flax import CNNConfig, Recipe, evaluate, fit, load_splits
 from mnist_flax.errors import DivergedError
-
+from mnist_flax.optimizer import SGD
 
 splits = load_splits("mnist")
 splits = dataclasses.replace(splits, train=splits.train[:20], val=splits.val[:10])
