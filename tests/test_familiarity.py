@@ -57,22 +57,23 @@ def test_digits_are_familiar_and_other_pictures_are_not(whole, splits, small, tm
 def test_predict_says_when_a_picture_is_strange(small, splits, tmp_path):
     recipe = dataclasses.replace(RECIPE, epochs=1)
     state = fit(recipe, small, workdir=tmp_path / "run", progress=False).state
-    fit_familiarity(state, small).save(tmp_path / "run")
     Image.fromarray(255 - splits.test.images[0, :, :, 0]).save(tmp_path / "digit.png")
-    grid = np.full((100, 100), 255, np.uint8)
-    for place in (20, 40, 60, 80):
-        grid[place - 2 : place + 2, 10:90] = grid[10:90, place - 2 : place + 2] = 0
-    Image.fromarray(grid).save(tmp_path / "grid.png")
-    words = [sys.executable, str(PREDICT), "run", "digit.png", "grid.png"]
-    run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
-    lines = run.stdout.splitlines()
-    assert ["nothing like" in line for line in lines] == [False, True], run.stderr
-    run = subprocess.run(
-        [*words, "--json"], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    first, second = (entry["digits"][0] for entry in json.loads(run.stdout))
-    assert first["distance"] <= 1 < second["distance"]
-    assert (first["familiar"], second["familiar"]) == (True, False)
+    known = fit_familiarity(state, small)
+    words = [sys.executable, str(PREDICT), "run", "digit.png"]
+
+    def predict(limit, *options):
+        dataclasses.replace(known, limit=limit).save(tmp_path / "run")
+        run = subprocess.run(
+            [*words, *options], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    assert "nothing like" not in predict(known.limit)
+    assert "nothing like" in predict(1e-6)
+    digits = [json.loads(predict(limit, "--json"))[0]["digits"][0] for limit in (1.0, 2.0)]
+    assert digits[0]["distance"] == pytest.approx(2 * digits[1]["distance"])
+    assert [digit["familiar"] for digit in digits] == [digit["distance"] <= 1 for digit in digits]
 
 
 def test_a_class_that_few_have_is_no_matter(whole, small):

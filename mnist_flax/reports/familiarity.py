@@ -1,9 +1,9 @@
 """How far a picture is from what a network was trained on, to say where an answer means nothing.
 
 The score is the Mahalanobis distance from the nearest class's mean, with one covariance for all
-classes, of what the classifier sees (Lee et al. 2018, arXiv 1807.03888) and, because a classifier of
-few features sees little else than digits, of the image at a coarse scale. A network itself is as
-sure of a shirt or of noise as of a digit.
+classes, of what the classifier sees (Lee et al. 2018, arXiv 1807.03888) and, because one of few
+features sees little else than digits, of the image at a coarse scale. A network itself is as sure
+of a shirt or of noise as of a digit.
 """
 
 from __future__ import annotations
