@@ -113,12 +113,12 @@ DEFAULT = dataclasses.replace(
 # stops falling, and early stopping. The network is that of `default`.
 KERAS = dataclasses.replace(
     DEFAULT,
-    epochs=30,
+    epochs=20,
     batch_size=128,
     optimizer=AdamW(learning_rate=2e-3),
     schedule=Constant(),
-    plateau=PlateauConfig(patience=1, factor=0.3),
-    stopping=StoppingConfig(patience=3),
+    plateau=PlateauConfig(patience=2, factor=0.3),
+    stopping=StoppingConfig(patience=5),
 )
 
 # The small ones were chosen on validation by one run or two of a candidate: experiments/RESULTS.md.
