@@ -1,6 +1,6 @@
 """One run on 1, 2 and 8 virtual CPU devices, and one loop divided in two ways on 2.
 
-`make test` has fewer devices and replicas and a smaller network, and so less to compile.
+With fewer devices than eight the network is smaller, and so is what is compiled.
 """
 
 import os
@@ -115,12 +115,6 @@ assert [row["train_loss"] for row in rest[-1].history] == losses
 print("agreed")
 """
 
-# What `make test` runs of it: training on many devices, and going on on fewer.
-SHORT = (
-    SCRIPT[: SCRIPT.index("# A state of one device")]
-    + SCRIPT[SCRIPT.index("# A checkpoint of many devices") :]
-)
-
 # Replicas whose batches are shared by 2, 1 and 1 devices.
 REPLICAS = (
     SCRIPT[: SCRIPT.index("plain = ")]
@@ -224,11 +218,11 @@ def run(script, *words, **environment):
 
 
 @pytest.mark.usefixtures("splits")
-@pytest.mark.parametrize("devices", [(2, 1), pytest.param((8, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [(2, 1), (8, 2)])
 def test_a_run_on_many_devices_is_the_run_on_one(devices, data_dir, tmp_path):
     """Within 2e-5 of any parameter after 50 steps: sums are rounded in another order."""
-    script = SCRIPT if devices == (8, 2) else SHORT
-    assert run(script, data_dir, tmp_path / "run", *devices) == "agreed\n"
+    assert run(SCRIPT, data_dir, tmp_path / "run", *devices) == "agreed\n"
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import RECIPE
+from conftest import RECIPE, TINY
 from PIL import Image
 from sklearn import datasets
 from test_archives import idx, raw_bytes, refusal
@@ -19,6 +19,7 @@ from mnist_flax.datasets import load_splits
 from mnist_flax.datasets.archives import FILE_NAMES
 from mnist_flax.datasets.folders import load_image_folder, read_image
 from mnist_flax.loop import epochs
+from mnist_flax.recipe import AffineConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -127,6 +128,7 @@ def test_arrays_as_others_hand_them_over(form, splits):
         assert np.array_equal(own.test.labels, labels[:9])
 
 
+@pytest.mark.slow
 def test_arrays_are_split_and_trained_on(splits):
     arrays = tuple(splits.train[:800])
     own = Splits.from_arrays(
@@ -208,7 +210,15 @@ def test_a_recipe_can_be_balanced(small):
     many = np.flatnonzero(small.train.labels == 0)[:90]
     train = small.train[np.concatenate([few, many])]
     splits = Splits.from_arrays(tuple(train), tuple(train))
-    recipe = dataclasses.replace(RECIPE, val_size=0, epochs=1, batch_size=20, plateau=None)
+    recipe = dataclasses.replace(
+        RECIPE,
+        val_size=0,
+        epochs=1,
+        batch_size=20,
+        plateau=None,
+        model=TINY,
+        augment=AffineConfig(),
+    )
     rows = [
         next(epochs(dataclasses.replace(recipe, balance=balance), splits)).row
         for balance in (False, True)

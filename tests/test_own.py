@@ -129,7 +129,11 @@ def host(state):
 
 
 @pytest.mark.parametrize(
-    "model", [MLPConfig(), pytest.param(ResNetConfig(), marks=pytest.mark.slow), ViTConfig()]
+    "model",
+    [
+        MLPConfig(),
+        *(pytest.param(own(), marks=pytest.mark.slow) for own in (ResNetConfig, ViTConfig)),
+    ],
 )
 def test_a_model_of_ones_own_trains_stops_and_resumes(model, small, tmp_path):
     """To the bits of a run that was not stopped; and the run is read with its model."""
