@@ -27,7 +27,7 @@ from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import CheckpointError, InputError
 from mnist_flax.progress import Progress
 from mnist_flax.recipe import completed, differences
-from mnist_flax.steps import TrainState
+from mnist_flax.steps import TrainState, is_key, without_keys
 from mnist_flax.stopping import EarlyStopping
 from mnist_flax.workdir import (
     LOCK_FILE,
@@ -415,21 +415,13 @@ def progress_of(saved: Saved, like: TrainState) -> Progress:
 
 
 def state_arrays(state: TrainState) -> dict[str, Any]:
-    """Returns a state's arrays by field; keys as their data, which every backend can store.
-
-    A model can hold keys, too, such as those of `nnx.Dropout(rngs=...)`.
-    """
+    """Returns a state's arrays by field; keys as their data."""
     arrays = {
         field.name: getattr(state, field.name)
         for field in dataclasses.fields(TrainState)
         if not field.metadata.get("static")
     }
-    return jax.tree.map(lambda a: jax.random.key_data(a) if is_key(a) else a, arrays)
-
-
-def is_key(array: Any) -> bool:
-    """Returns whether an array is of keys."""
-    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return without_keys(arrays)
 
 
 def with_arrays(like: TrainState, arrays: dict[str, Any]) -> TrainState:

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mnist_flax.data import EVAL_BATCH, Examples, eval_batches
 from mnist_flax.errors import InputError
-from mnist_flax.steps import TrainState
+from mnist_flax.steps import TrainState, is_key
 
 REPLICA_AXIS = "replica"
 BATCH_AXIS = "data"
@@ -168,7 +168,7 @@ def replica(states: TrainState, index: int | jax.Array) -> TrainState:
 @jax.jit
 def _choose(mask_R: jax.Array | np.ndarray, new: T, old: T) -> T:
     def choose_array(new, old):
-        if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
+        if is_key(new):
             return new  # a run's key never changes
         return jnp.where(mask_R.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 

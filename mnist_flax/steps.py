@@ -116,6 +116,16 @@ def create_state(
     )
 
 
+def is_key(array: Any) -> bool:
+    """Returns whether an array is of keys: a run's, or those of a model's own random streams."""
+    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def without_keys(tree: Any) -> Any:
+    """Returns a tree in which keys are their data, which NumPy and every backend can hold."""
+    return jax.tree.map(lambda a: jax.random.key_data(a) if is_key(a) else a, tree)
+
+
 _NO_OPTIMIZER = optax.identity()
 
 
@@ -196,13 +206,13 @@ def call_model(model: Any, images_BHWC: jax.Array, *, train: bool, **options: An
       InputError: the logits are not [B, K].
     """
     options["train"] = train
-    parameters = inspect.signature(model.__call__).parameters
-    if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        options = {name: value for name, value in options.items() if name in parameters}
+    signature = inspect.signature(model.__call__)
+    if not any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()):
+        options = {name: value for name, value in options.items() if name in signature.parameters}
     if "train" not in options:
         model.train() if train else model.eval()
     try:
-        inspect.signature(model.__call__).bind(images_BHWC, **options)
+        signature.bind(images_BHWC, **options)
     except TypeError as error:
         raise InputError(
             "a model's call takes images, and by name train, key and dropout_rate or fewer of "
@@ -295,7 +305,7 @@ def loss_and_grads(
     """
     check_options(loss=loss, label_smoothing=label_smoothing, dropout_rate=dropout_rate)
     own = functools.partial(
-        _gradients, loss=loss, augment=augment, augment_steps=augment_steps, freeze=tuple(freeze)
+        _gradients, loss=loss, augment=augment, augment_steps=augment_steps, freeze=freeze
     )
     params, stats = specs_of((state.params, state.batch_stats))
     return on_auto_axes(
@@ -377,7 +387,7 @@ def train_step(
     """
     check_options(loss=loss, label_smoothing=label_smoothing, dropout_rate=dropout_rate)
     own = functools.partial(
-        _gradients, loss=loss, augment=augment, augment_steps=augment_steps, freeze=tuple(freeze)
+        _gradients, loss=loss, augment=augment, augment_steps=augment_steps, freeze=freeze
     )
 
     def step(state, *operands):

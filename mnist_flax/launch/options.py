@@ -50,19 +50,20 @@ class Dataset(DataDir):
         from mnist_flax.datasets import load_splits
         from mnist_flax.datasets.folders import load_image_folder
 
+        val_size = recipe.val_size if val_size is None else val_size
         if self.images is not None:
             if stream or self.archives is not None:
                 raise InputError("images are held in memory; leave out --stream and --archives")
             return load_image_folder(
                 self.images,
                 image_shape=self.image_shape,
-                val_size=recipe.val_size if val_size is None else val_size,
+                val_size=val_size,
                 seed=recipe.split_seed,
             )
 
         return load_splits(
             recipe.dataset,
-            val_size=recipe.val_size if val_size is None else val_size,
+            val_size=val_size,
             seed=recipe.split_seed,
             data_dir=self.data_dir,
             archives=self.archives,

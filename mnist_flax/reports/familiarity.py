@@ -72,13 +72,9 @@ class Familiarity:
 
         Above 1, an image is nothing like those that the network was trained on.
         """
-        return self._squared(features_NF) / self.limit
-
-    def _squared(self, features_NF: np.ndarray) -> np.ndarray:
         off_NKF = features_NF[:, None] - self.means_KF
-        return np.einsum("nkf,fg,nkg->nk", off_NKF, self.precision_FF, off_NKF, optimize=True).min(
-            1
-        )
+        squared_NK = ((off_NKF @ self.precision_FF) * off_NKF).sum(-1)
+        return squared_NK.min(-1) / self.limit
 
     def save(self, workdir: Path) -> None:
         """Writes it into a run's directory."""
@@ -105,10 +101,8 @@ def fit_familiarity(state: TrainState, splits: Splits) -> Familiarity:
     train: Examples | Records = splits.train
     count = min(len(train), MAX_EXAMPLES)
     examples = take(train, np.linspace(0, len(train) - 1, count).astype(np.int64))
-    features_NF, labels_N = (
-        features(state, np.asarray(examples.images)),
-        np.asarray(examples.labels),
-    )
+    features_NF = features(state, np.asarray(examples.images))
+    labels_N = np.asarray(examples.labels)
     fitted_NF, fitted_N = features_NF[::2], labels_N[::2]
     classes = np.unique(fitted_N)
     means_KF = np.stack([fitted_NF[fitted_N == label].mean(0) for label in classes])

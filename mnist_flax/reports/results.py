@@ -22,7 +22,7 @@ from mnist_flax.progress import FitResult, Progress
 from mnist_flax.recipe import Recipe, from_dict, to_dict
 from mnist_flax.replicas import make_mesh, replica
 from mnist_flax.reports import figures
-from mnist_flax.steps import TrainState
+from mnist_flax.steps import TrainState, without_keys
 from mnist_flax.workdir import RECIPE_FILE, read_json, write_json
 
 RESULT_FILE = "result.json"
@@ -33,8 +33,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 def digest(state: TrainState) -> str:
     """Returns the SHA-256 of the parameters' and BatchNorm statistics' names, dtypes and bits."""
     sha = hashlib.sha256()
-    for path, array in jax.tree.leaves_with_path((state.params, state.batch_stats)):
-        host = np.asarray(jax.random.key_data(array) if checkpoint.is_key(array) else array)
+    arrays = without_keys((state.params, state.batch_stats))
+    for path, array in jax.tree.leaves_with_path(arrays):
+        host = np.asarray(array)
         sha.update(f"{jax.tree_util.keystr(path)} {host.dtype} {host.shape}".encode())
         sha.update(host.tobytes())
     return sha.hexdigest()
