@@ -303,7 +303,6 @@ def loss_and_grads(
     Raises:
       InputError: as in `train_step`.
     """
-    check_options(loss=loss, label_smoothing=label_smoothing, dropout_rate=dropout_rate)
     own = functools.partial(
         _gradients, loss=loss, augment=augment, augment_steps=augment_steps, freeze=freeze
     )
@@ -385,7 +384,6 @@ def train_step(
       InputError: images, labels or losses have no such shape or dtype, or an option cannot have
         its value.
     """
-    check_options(loss=loss, label_smoothing=label_smoothing, dropout_rate=dropout_rate)
     own = functools.partial(
         _gradients, loss=loss, augment=augment, augment_steps=augment_steps, freeze=freeze
     )
@@ -414,6 +412,7 @@ def _gradients(
     state, batch, label_smoothing, dropout_rate, *, loss, augment, augment_steps, freeze
 ):
     """Returns the `Gradients`, and the mean loss as a function of the parameters."""
+    check_options(loss=loss, label_smoothing=label_smoothing, dropout_rate=dropout_rate)
     labels_B = to_labels(batch.labels, num_examples=batch.images.shape[0])
 
     def loss_fn(params):
