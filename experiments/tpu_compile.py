@@ -97,9 +97,10 @@ def compile_for(recipe, info, devices):
         )
         indices_SB = described((steps, recipe.batch_size), jnp.int32, None, BATCH_AXIS)
         bound = described((), jnp.int32)
+        key = described((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
         run = functools.partial(train_steps, **step_options(recipe, steps_per_epoch=steps))
-        program = jax.jit(run, donate_argnums=0)
-        return program.lower(state, metrics, examples, indices_SB, bound, bound).compile()
+        program = jax.jit(run, donate_argnums=1)
+        return program.lower(key, state, metrics, examples, indices_SB, bound, bound).compile()
 
 
 def main(arguments) -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_DIR = "checkpoints"
 ITEM = "progress"
-FORMAT = 3  # of the record; one that cannot be read any more gets another number
+FORMAT = 4  # of the record; one that cannot be read any more gets another number
 KEEP_LATEST = 2  # one to continue from, and one more for when that is damaged
 SET_ASIDE = "damaged-"  # what the directory of a damaged checkpoint is renamed to, with its step
 PACKAGES = ("mnist_flax", "jax", "flax", "optax", "orbax-checkpoint")

@@ -116,6 +116,11 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh, replicas: int = 1)
     state_shape(without_seed(recipe), splits.info, steps=steps)
 
 
+def keys_of(recipes: Sequence[Recipe], *, mesh: Mesh) -> jax.Array:
+    """Returns the replicas' keys, [R]."""
+    return keys_program(mesh)(np.array([recipe.seed for recipe in recipes], np.uint32))
+
+
 def initial_progress(
     recipes: Sequence[Recipe],
     info: DatasetInfo,
@@ -133,8 +138,7 @@ def initial_progress(
     weights: tuple[Any, ...] = ()
     if start_params is not None:
         weights = jax.tree.map(np.asarray, (start_params.params, start_params.batch_stats))
-    seeds_R = np.array([recipe.seed for recipe in recipes], np.uint32)
-    states = create(keys_program(mesh)(seeds_R), weights)
+    states = create(keys_of(recipes, mesh=mesh), weights)
     return progress_from(states, recipes, step=0, mesh=mesh)
 
 
@@ -290,6 +294,7 @@ class Trainer:
         self.recipe = recipe = recipes[0]
         self.mesh = mesh
         self.replicas = len(recipes)
+        self.keys = keys_of(recipes, mesh=mesh)
         N = splits.train.num_examples
         self.steps = N // recipe.batch_size
         self.programs: tuple[Callable, Callable | None] | None = None
@@ -309,7 +314,7 @@ class Trainer:
 
     def feed(self, progress: Progress, epoch: int) -> Feed:
         """Returns what feeds the rest of an epoch."""
-        indices_RSB = self._order(progress.states.key, (epoch, self._weights))
+        indices_RSB = self._order(self.keys, (epoch, self._weights))
         if not isinstance(self._train, Records):
             return resident_feed(self._train, indices_RSB)
         done = progress.step % self.steps
@@ -322,7 +327,7 @@ class Trainer:
             without_seed(self.recipe), steps=self.steps, mesh=self.mesh, loop=loop
         )
         evaluate = None
-        operands = (self.mask(progress), self.varied, progress.states, progress.metrics)
+        operands = (self.about(progress), progress.states, progress.metrics)
         with jax.set_mesh(self.mesh):
             train = compiled(train, *operands, *chunk._replace(start=0, stop=0))
             if self._val is not None:
@@ -331,9 +336,9 @@ class Trainer:
         self.programs = train, evaluate
         return time.perf_counter() - began
 
-    def mask(self, progress: Progress) -> jax.Array:
-        """Returns which replicas are to be trained, on the devices."""
-        return place(progress.active_R, by_replica(self.mesh))
+    def about(self, progress: Progress) -> tuple[Any, ...]:
+        """Returns what training is told of the replicas: keys, which are active, what differs."""
+        return self.keys, place(progress.active_R, by_replica(self.mesh)), self.varied
 
     def rates(self, progress: Progress, step: int) -> np.ndarray:
         """Returns the replicas' learning rates at a step, [R]."""
@@ -343,7 +348,7 @@ class Trainer:
     def train(self, progress: Progress) -> Callable[..., tuple[TrainState, Metrics]]:
         """Returns the training program of an epoch's active replicas."""
         assert self.programs is not None
-        return functools.partial(self.programs[0], self.mask(progress), self.varied)
+        return functools.partial(self.programs[0], self.about(progress))
 
     def evaluate(self, progress: Progress, states: TrainState) -> tuple[TrainState, Metrics | None]:
         """Returns the states, after the plateau schedule, and their metrics on validation."""

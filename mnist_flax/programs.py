@@ -103,12 +103,13 @@ def order_program(*, num_examples: int, batch_size: int, mesh: Mesh) -> Callable
 def train_program(recipe: Recipe, *, steps: int, mesh: Mesh, loop: bool | None = None) -> Callable:
     """Returns the training of all replicas, to be compiled; it takes over the states' arrays.
 
-    It takes, before what `train_steps` takes, which replicas are to be trained, bool [R] (the
-    others take no step), and the numbers that differ, [R] each.
+    Before what `train_steps` takes beside its key, it takes of the replicas a tuple: their keys,
+    [R]; which of them are to be trained, bool [R] (the others take no step); and the numbers in
+    which they differ, [R] each.
     """
 
     def train_replica(one, shared):
-        active, own, state, metrics, examples, indices_SB = one
+        (key, active, own), state, metrics, examples, indices_SB = one
         resident, start, stop = shared
         # The optimizer is a static part of the state: one with traced numbers must not leave.
         optimizer = state.optimizer
@@ -116,6 +117,7 @@ def train_program(recipe: Recipe, *, steps: int, mesh: Mesh, loop: bool | None =
             with_own = recipe_optimizer(recipe, steps_per_epoch=steps, traced=own)
             state = dataclasses.replace(state, optimizer=with_own)
         state, metrics = train_steps(
+            key,
             state,
             metrics,
             resident if examples is None else examples,
@@ -126,15 +128,15 @@ def train_program(recipe: Recipe, *, steps: int, mesh: Mesh, loop: bool | None =
         )
         return dataclasses.replace(state, optimizer=optimizer), metrics
 
-    def train_all(active_R, varied, states, metrics, examples, indices_RSB, start, stop):
+    def train_all(about, states, metrics, examples, indices_RSB, start, stop):
         # Streamed examples are a replica's own batches.
         own, resident = (examples, None) if indices_RSB is None else (None, examples)
-        replicas = (active_R, varied, states, metrics, own, indices_RSB)
+        replicas = (about, states, metrics, own, indices_RSB)
         train_each = over_replicas(train_replica, mesh=mesh, loop=loop)
         return train_each(replicas, (resident, start, stop))
 
     # Metrics are for every process to read.
-    return jax.jit(train_all, donate_argnums=2, out_shardings=(by_replica(mesh), everywhere(mesh)))
+    return jax.jit(train_all, donate_argnums=1, out_shardings=(by_replica(mesh), everywhere(mesh)))
 
 
 @once
@@ -184,6 +186,7 @@ def compiled(program: Any, *operands: Any) -> Any:
 
 
 def train_steps(
+    key: jax.Array,
     state: TrainState,
     metrics: Metrics,
     examples: Examples,
@@ -198,6 +201,7 @@ def train_steps(
     bits do not depend on how an epoch is divided into calls.
 
     Args:
+      key: the run's key.
       state: the state before.
       metrics: the epoch's metrics before.
       examples: images [N, H, W, C] uint8 and labels [N], on the device.
@@ -212,7 +216,7 @@ def train_steps(
         state, metrics = carry
         chosen = row if indices_SB is None else indices_SB[row]
         batch = jax.tree.map(lambda a: a[chosen], examples)
-        state, step_metrics = train_step(state, batch, **options)
+        state, step_metrics = train_step(key, state, batch, **options)
         return state, metrics.merge(step_metrics)
 
     return jax.lax.fori_loop(start, stop, body, (state, metrics))

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mnist_flax.data import EVAL_BATCH, Examples, eval_batches
 from mnist_flax.errors import InputError
-from mnist_flax.steps import TrainState, is_key
+from mnist_flax.steps import TrainState
 
 REPLICA_AXIS = "replica"
 BATCH_AXIS = "data"
@@ -168,8 +168,6 @@ def replica(states: TrainState, index: int | jax.Array) -> TrainState:
 @jax.jit
 def _choose(mask_R: jax.Array | np.ndarray, new: T, old: T) -> T:
     def choose_array(new, old):
-        if is_key(new):
-            return new  # a run's key never changes
         return jnp.where(mask_R.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
     return jax.tree.map(choose_array, new, old)

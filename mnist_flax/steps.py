@@ -57,7 +57,6 @@ class TrainState:
 
     Attributes:
       step: steps taken, int32 [].
-      key: the run's key; it never changes.
       params: trainable parameters, nested dicts of arrays by the model's attributes.
       batch_stats: what else the model holds and its calls change: BatchNorm's running means and
         variances, and where an own model has them, its random streams and other variables.
@@ -68,7 +67,6 @@ class TrainState:
     """
 
     step: jax.Array
-    key: jax.Array
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
@@ -106,7 +104,6 @@ def create_state(
     params = nnx.to_pure_dict(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        key=key,
         params=params,
         batch_stats=nnx.to_pure_dict(batch_stats),
         opt_state=optimizer.init(params),
@@ -285,6 +282,7 @@ class Gradients:
 
 
 def loss_and_grads(
+    key: jax.Array,
     state: TrainState,
     batch: Examples,
     *,
@@ -309,6 +307,7 @@ def loss_and_grads(
     params, stats = specs_of((state.params, state.batch_stats))
     return on_auto_axes(
         lambda *operands: own(*operands)[0],
+        key,
         state,
         batch,
         label_smoothing,
@@ -348,6 +347,7 @@ def apply_gradients(
 
 
 def train_step(
+    key: jax.Array,
     state: TrainState,
     batch: Examples,
     *,
@@ -361,6 +361,7 @@ def train_step(
     """Takes one optimizer step on the mean loss of a full batch.
 
     Args:
+      key: the run's key, the same in every step: `state.step` tells the draws of one from another.
       state: the state before the step; its arrays stay valid.
       batch: images [B, H, W, C], uint8 or float in [0, 1], and labels [B], integers in [0, K). A
         label outside makes the loss NaN, and so does -1: BatchNorm would see the padding.
@@ -388,13 +389,14 @@ def train_step(
         _gradients, loss=loss, augment=augment, augment_steps=augment_steps, freeze=freeze
     )
 
-    def step(state, *operands):
-        gradients, value_fn = own(state, *operands)
+    def step(key, state, *operands):
+        gradients, value_fn = own(key, state, *operands)
         after = apply_gradients(state, gradients, freeze=freeze, value_fn=value_fn)
         return after, gradients.metrics
 
     out_specs = specs_of(state), PartitionSpec()
-    return on_auto_axes(step, state, batch, label_smoothing, dropout_rate, out_specs=out_specs)
+    operands = (key, state, batch, label_smoothing, dropout_rate)
+    return on_auto_axes(step, *operands, out_specs=out_specs)
 
 
 def check_options(*, loss: Loss | None, label_smoothing: Any, dropout_rate: Any) -> None:
@@ -409,7 +411,7 @@ def check_options(*, loss: Loss | None, label_smoothing: Any, dropout_rate: Any)
 
 
 def _gradients(
-    state, batch, label_smoothing, dropout_rate, *, loss, augment, augment_steps, freeze
+    key, state, batch, label_smoothing, dropout_rate, *, loss, augment, augment_steps, freeze
 ):
     """Returns the `Gradients`, and the mean loss as a function of the parameters."""
     check_options(loss=loss, label_smoothing=label_smoothing, dropout_rate=dropout_rate)
@@ -419,8 +421,12 @@ def _gradients(
         model = frozen(to_model(dataclasses.replace(state, params=params)), freeze)
         images_BHWC = prepared(model, batch.images)
         if augment is not None:
-            images_BHWC = augmented(state, images_BHWC, augment, steps=augment_steps)
-        options: dict[str, Any] = {"key": draw_key(state.key, Purpose.DROPOUT, state.step)}
+            augmented_BHWC = augment(draw_key(key, Purpose.AUGMENT, state.step), images_BHWC)
+            if augment_steps is not None:
+                is_early = state.step < augment_steps
+                augmented_BHWC = jnp.where(is_early, augmented_BHWC, images_BHWC)
+            images_BHWC = augmented_BHWC
+        options: dict[str, Any] = {"key": draw_key(key, Purpose.DROPOUT, state.step)}
         if dropout_rate is not None:
             options["dropout_rate"] = dropout_rate
         logits_BK = call_model(model, images_BHWC, train=True, **options)
@@ -452,17 +458,6 @@ def own_losses(loss: Loss, logits_BK: jax.Array, batch: Examples) -> jax.Array:
     if losses.shape not in ((B,), ()):
         raise InputError(f"the loss must return [{B}], or their mean, not {list(losses.shape)}")
     return jnp.broadcast_to(losses, B)
-
-
-def augmented(
-    state: TrainState, images_BHWC: jax.Array, augment: Augment, *, steps: int | None
-) -> jax.Array:
-    """Returns the images augmented, or as they are once the run has taken `steps` steps."""
-    key = draw_key(state.key, Purpose.AUGMENT, state.step)
-    augmented_BHWC = augment(key, images_BHWC)
-    if steps is None:
-        return augmented_BHWC
-    return jnp.where(state.step < steps, augmented_BHWC, images_BHWC)
 
 
 def smoothed_losses(

@@ -121,10 +121,10 @@ def test_a_columns_step_is_that_of_the_network_alone_on_its_share():
     def network(seed):
         return CNN(SMALL, image_shape=(8, 8, 1), rngs=nnx.Rngs(seed))
 
-    step = jax.jit(train_step)
+    step, key = jax.jit(train_step), jax.random.key(0)
 
     def stepped(model, batch):
-        state, metrics = step(create_state(jax.random.key(0), model, optax.sgd(0.1)), batch)
+        state, metrics = step(key, create_state(key, model, optax.sgd(0.1)), batch)
         return state.params, metrics.loss
 
     together, loss = stepped(Columns([network(0), network(1)]), batch)
@@ -247,7 +247,7 @@ augment = functools.partial(random_affine, rotate=5.0)
 step = functools.partial(train_step, augment=augment, augment_steps=3, label_smoothing=0.1)
 
 def ends(state, batch):
-    state, metrics = step(state, batch)
+    state, metrics = step(jax.random.key(0), state, batch)
     return state.params, state.batch_stats, metrics, eval_step(state, batch)
 
 state = tiny_state(ops.REFERENCE)
@@ -286,7 +286,7 @@ def test_with_float64_allowed_a_state_is_float32_and_stays_so(splits, name):
     with jax.enable_x64(True):
         state = jax.eval_shape(lambda: recipe_state(RECIPES[name], splits.info, steps_per_epoch=1))
         batch = Examples(np.zeros((4, 28, 28, 1)), np.zeros(4, np.int32))
-        after, _ = jax.eval_shape(train_step, state, batch)
+        after, _ = jax.eval_shape(train_step, jax.random.key(0), state, batch)
     for tree in (state, after):
         own = jax.tree.leaves((tree.params, tree.batch_stats))
         assert {leaf.dtype for leaf in own} == {jnp.dtype("float32")}

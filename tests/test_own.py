@@ -24,6 +24,8 @@ from mnist_flax.recipe import AffineConfig, from_dict, to_dict
 from mnist_flax.reports.results import load_run
 from mnist_flax.steps import apply_gradients, create_state, loss_and_grads, train_step
 
+KEY = jax.random.key(0)  # of the runs
+
 
 class MLP(nnx.Module):
     """A dense layer between pixels and logits: it takes images and nothing else."""
@@ -179,7 +181,7 @@ def test_what_a_model_must_be_is_one_sentence(model, message, splits):
 
     state = create_state(jax.random.key(0), Own(), optax.sgd(0.1))
     with pytest.raises(InputError, match=message):
-        train_step(state, head(splits.train, 4))
+        train_step(KEY, state, head(splits.train, 4))
 
 
 def test_what_is_no_model_is_refused():
@@ -225,7 +227,7 @@ def test_a_loss_of_ones_own_by_hand(splits):
 
     expected = jax.grad(by_hand)(state.params)
     for loss in (Focal(), mean):
-        new, metrics = train_step(state, batch, loss=loss)
+        new, metrics = train_step(KEY, state, batch, loss=loss)
         moved = jax.tree.map(jnp.subtract, state.params, new.params)
         jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-6), moved, expected)
         assert_allclose(metrics.loss, by_hand(state.params), rtol=1e-5)
@@ -234,9 +236,9 @@ def test_a_loss_of_ones_own_by_hand(splits):
 def test_what_a_loss_must_be_is_refused_in_one_line(splits):
     batch, state = head(splits.train, 4), make_state(optax.sgd(0.1))
     with pytest.raises(InputError, match=r"loss must return \[4\], or their mean, not \[4, 10\]"):
-        train_step(state, batch, loss=lambda logits_BK, batch: logits_BK)
+        train_step(KEY, state, batch, loss=lambda logits_BK, batch: logits_BK)
     with pytest.raises(InputError, match=r"label_smoothing is 0\.1, but the loss is your own"):
-        train_step(state, batch, loss=Focal(), label_smoothing=0.1)
+        train_step(KEY, state, batch, loss=Focal(), label_smoothing=0.1)
     with pytest.raises(InputError, match=r"label_smoothing is 0\.1, but the recipe has a loss"):
         dataclasses.replace(OWN, loss=Focal(), label_smoothing=0.1)
     with pytest.raises(InputError, match="loss is 'focal'; give a frozen dataclass"):
@@ -257,8 +259,8 @@ def test_a_recipes_loss_is_what_it_trains_by(small):
 def test_gradients_can_be_changed_between_loss_and_update(splits):
     """A penalty on the parameters, whose gradient is known: each shrinks by what it weighs."""
     batch, state = head(splits.train, 16), make_state(optax.sgd(0.5))
-    gradients = loss_and_grads(state, batch)
-    plain, metrics = train_step(state, batch)
+    gradients = loss_and_grads(KEY, state, batch)
+    plain, metrics = train_step(KEY, state, batch)
     jax.tree.map(assert_array_equal, apply_gradients(state, gradients).params, plain.params)
     assert_array_equal(gradients.metrics.loss, metrics.loss)
     penalty = jax.grad(lambda params: 0.1 * optax.tree.norm(params, squared=True))(state.params)
@@ -279,8 +281,8 @@ def test_four_accumulated_batches_are_one_large_one(splits):
     step, start = jax.jit(train_step), state.params
     for i in range(4):
         jax.tree.map(assert_array_equal, state.params, start)
-        state, _ = step(state, batch[16 * i : 16 * (i + 1)])
-    large, _ = step(make_state(optax.sgd(0.1)), batch)
+        state, _ = step(KEY, state, batch[16 * i : 16 * (i + 1)])
+    large, _ = step(KEY, make_state(optax.sgd(0.1)), batch)
     jax.tree.map(
         lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, large.params
     )
@@ -319,7 +321,7 @@ def test_optaxs_wrappers_are_optimizers_like_others(optimizer, splits):
     step, losses = jax.jit(train_step), []
     first = state.params
     for _ in range(3):
-        state, metrics = step(state, batch)
+        state, metrics = step(KEY, state, batch)
         losses.append(float(metrics.loss))
     assert np.isfinite(losses).all()
     assert not np.array_equal(state.params["head"]["kernel"], first["head"]["kernel"])
@@ -328,12 +330,12 @@ def test_optaxs_wrappers_are_optimizers_like_others(optimizer, splits):
 def test_clipped_and_frozen_by_hand(splits):
     batch = head(splits.train, 16)
     state = make_state(optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0)))
-    new, _ = train_step(state, batch)
+    new, _ = train_step(KEY, state, batch)
     moved = jax.tree.map(jnp.subtract, new.params, state.params)
     assert_allclose(optax.tree.norm(moved), 1e-3, rtol=1e-3)
     labels = lambda params: {name: name for name in params}  # noqa: E731
     state = make_state(optax.multi_transform(FROZEN, labels))
-    new, _ = train_step(state, batch)
+    new, _ = train_step(KEY, state, batch)
     jax.tree.map(assert_array_equal, new.params["hidden"], state.params["hidden"])
     assert not np.array_equal(new.params["head"]["kernel"], state.params["head"]["kernel"])
 
@@ -347,5 +349,5 @@ def test_a_batch_is_what_a_loss_is_given(splits):
         return logits_BK.sum(-1)
 
     batch = Examples(splits.train.images[:4], splits.train.labels[:4].astype(np.uint8))
-    train_step(make_state(optax.sgd(0.1)), batch, loss=loss)
+    train_step(KEY, make_state(optax.sgd(0.1)), batch, loss=loss)
     assert seen[0] == (np.uint8, np.int32)

@@ -38,6 +38,9 @@ GOLDEN_LOSSES = [3.6836660, 2.6777792, 2.2424724]
 GOLDEN_NORM = 9.0447979
 
 
+KEY = jax.random.key(0)  # of the runs
+
+
 def make_state(seed=0):
     return create_state(jax.random.key(seed), lambda rngs: CNN(CONFIG, rngs=rngs), OPTIMIZER)
 
@@ -69,7 +72,7 @@ def test_a_step_by_hand(batch):
     see = nnx.jit(functools.partial(CNN.features, train=True))
     features_BF = np.asarray(see(to_model(state), to_float(batch.images)), np.float64)
     step = jax.jit(functools.partial(train_step, label_smoothing=0.1))
-    new_state, metrics = step(state, batch)
+    new_state, metrics = step(KEY, state, batch)
     kernel = np.asarray(state.params["head"]["kernel"], np.float64)
     bias = np.asarray(state.params["head"]["bias"], np.float64)
     logits = features_BF @ kernel + bias
@@ -87,24 +90,24 @@ def test_golden_step(batch, step):
     """Three steps land where they landed on the day this was written, within float32 rounding."""
     state, losses = make_state(), []
     for _ in range(3):
-        state, metrics = step(state, batch)
+        state, metrics = step(KEY, state, batch)
         losses.append(float(metrics.loss))
     np.testing.assert_allclose(losses, GOLDEN_LOSSES, rtol=1e-4)
     np.testing.assert_allclose(optax.tree.norm(state.params), GOLDEN_NORM, rtol=1e-5)
 
 
 def test_two_runs_are_the_same_bits_and_another_seed_is_not(batch, step):
-    one, other = (step(*step(make_state(), batch)[:1], batch) for _ in range(2))
+    one, other = (step(KEY, step(KEY, make_state(), batch)[0], batch) for _ in range(2))
     assert same_bits(one, other)
-    assert not same_bits(one[0].params, step(step(make_state(1), batch)[0], batch)[0].params)
+    again = step(jax.random.key(1), make_state(), batch)[0]
+    assert not same_bits(again.params, step(KEY, make_state(), batch)[0].params)
 
 
-def test_a_step_leaves_its_inputs_and_the_key_alone(batch, step):
+def test_a_step_leaves_its_inputs_alone(batch, step):
     state = make_state()
     before = jax.tree.map(lambda leaf: np.array(raw(leaf)), state)
-    new_state, _ = step(state, batch)
+    new_state, _ = step(KEY, state, batch)
     assert same_bits(jax.tree.map(raw, state), before)
-    assert same_bits(new_state.key, state.key)
     assert not same_bits(new_state.params, state.params)
     assert not same_bits(new_state.batch_stats, state.batch_stats)
 
@@ -124,7 +127,7 @@ def test_images_are_normalized_before_they_are_augmented(batch):
         return jnp.roll(images_BHWC, 4, axis=1)
 
     step = jax.jit(functools.partial(train_step, augment=lambda _, images: shift(images)))
-    (own, metrics), (other, expected) = map(step, states, batches)
+    (own, metrics), (other, expected) = map(functools.partial(step, KEY), states, batches)
     np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-5)
     np.testing.assert_allclose(optax.tree.norm(own.params), optax.tree.norm(other.params), 1e-5)
     for view in (None, shift):
@@ -143,7 +146,7 @@ def test_augmentation_ends_after_its_steps(batch):
     def two_steps(*options):
         state, losses = make_state(), []
         for own in options:
-            state, metrics = jax.jit(functools.partial(train_step, **own))(state, batch)
+            state, metrics = jax.jit(functools.partial(train_step, **own))(KEY, state, batch)
             losses.append(metrics.loss)
         return losses
 
@@ -156,7 +159,7 @@ def test_the_plateau_scale_multiplies_the_update(batch):
     state = make_state()
     halved = dataclasses.replace(state, plateau=state.plateau._replace(scale=jnp.float32(0.5)))
     step = jax.jit(train_step)
-    full, half = step(state, batch)[0], step(halved, batch)[0]
+    full, half = step(KEY, state, batch)[0], step(KEY, halved, batch)[0]
 
     def moved(new):
         return new.params["head"]["kernel"] - state.params["head"]["kernel"]
@@ -176,13 +179,14 @@ def test_plateau_by_hand():
 
 
 def test_stacked_states_under_vmap_are_the_single_ones(batch):
+    keys_R = jax.vmap(jax.random.key)(jnp.arange(3))
     states = [make_state(seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     step = functools.partial(train_step, augment=AUGMENT)
-    together, metrics = jax.jit(jax.vmap(step, in_axes=(0, None)))(stacked, batch)
+    together, metrics = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))(keys_R, stacked, batch)
     assert metrics.loss.shape == (3,)
     for index, state in enumerate(states):
-        alone, alone_metrics = jax.jit(step)(state, batch)
+        alone, alone_metrics = jax.jit(step)(keys_R[index], state, batch)
         np.testing.assert_allclose(metrics.loss[index], alone_metrics.loss, rtol=1e-5)
         jax.tree.map(
             lambda many, one, i=index: np.testing.assert_allclose(many[i], one, atol=2e-5),
@@ -239,9 +243,9 @@ def own_state(model, optimizer=None, seed=0):
 def test_labels_that_there_are_not_are_noticed_in_training(batch, labels):
     """-1, too: BatchNorm has seen the padding's image."""
     wrong = Examples(batch.images[:3], jnp.array(labels))
-    metrics = jax.jit(train_step)(own_state(Linear), wrong)[1]
+    metrics = jax.jit(train_step)(KEY, own_state(Linear), wrong)[1]
     assert np.isnan(metrics.loss)
-    assert np.isfinite(jax.jit(train_step)(own_state(Linear), batch)[1].loss)
+    assert np.isfinite(jax.jit(train_step)(KEY, own_state(Linear), batch)[1].loss)
     evaluated = jax.jit(eval_step)(own_state(Linear), wrong)
     assert np.isnan(evaluated.loss) == (labels[1] != -1)
     assert int(evaluated.count) == 3 - (labels[1] == -1)
@@ -251,7 +255,7 @@ def test_labels_that_there_are_not_are_noticed_in_training(batch, labels):
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
 def test_shares_that_there_are_not_are_refused(batch, option, value):
     with pytest.raises(InputError, match=rf"{option} is .*\[0, 1\)"):
-        jax.eval_shape(functools.partial(train_step, **{option: value}), make_state(), batch)
+        jax.eval_shape(functools.partial(train_step, **{option: value}), KEY, make_state(), batch)
 
 
 class Gain(Linear):
@@ -268,7 +272,7 @@ class Gain(Linear):
 def test_parameters_of_preprocessing_learn(batch):
     """Logits are gain * x W + b: the loss's derivative by the gain is in numpy's hands."""
     state = own_state(Gain)
-    new_state, _ = jax.jit(train_step)(state, batch)
+    new_state, _ = jax.jit(train_step)(KEY, state, batch)
     kernel = np.asarray(state.params["fc"]["kernel"], np.float64)
     logits = np.asarray(batch.images, np.float64).reshape(32, -1) / 255 @ kernel
     softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -280,7 +284,7 @@ def test_parameters_of_preprocessing_learn(batch):
 def test_a_model_that_takes_images_alone(batch):
     """A step of it by hand, and its evaluation."""
     state = own_state(Linear)
-    new_state, metrics = jax.jit(train_step)(state, batch)
+    new_state, metrics = jax.jit(train_step)(KEY, state, batch)
 
     def loss(params):
         logits = to_float(batch.images).reshape(32, -1) @ params["kernel"] + params["bias"][None]
@@ -313,8 +317,8 @@ class Switched(Linear):
 def test_a_model_with_random_streams_and_switches_of_its_own(batch):
     state = own_state(Switched)
     step = jax.jit(train_step)
-    one, metrics = step(state, batch)
-    other, again = step(dataclasses.replace(one, params=state.params), batch)
+    one, metrics = step(KEY, state, batch)
+    other, again = step(KEY, dataclasses.replace(one, params=state.params), batch)
     assert jax.tree.structure(state) == jax.tree.structure(one)
     assert metrics.loss != again.loss  # another mask
     assert int(other.batch_stats["drop"]["rngs"]["count"]) == 2
@@ -332,7 +336,7 @@ def test_logits_of_another_shape_are_refused(batch):
             return super().__call__(images_BHWC)[:, 0]
 
     with pytest.raises(InputError, match=r"logits \[32, K\], not \[32\]"):
-        jax.eval_shape(train_step, own_state(Flat), batch)
+        jax.eval_shape(train_step, KEY, own_state(Flat), batch)
 
 
 @pytest.mark.parametrize(
@@ -346,9 +350,9 @@ def test_logits_of_another_shape_are_refused(batch):
 )
 def test_optimizers_are_given_what_they_need(batch, optimizer):
     state, step = own_state(Linear, optimizer), jax.jit(train_step)
-    state, first = step(state, batch)
+    state, first = step(KEY, state, batch)
     for _ in range(2):
-        state, metrics = step(state, batch)
+        state, metrics = step(KEY, state, batch)
     assert metrics.loss < first.loss
 
 
@@ -356,7 +360,7 @@ def test_polyaks_step_by_hand(batch):
     """Along the gradient, by the loss divided by its squared norm (Loizou et al. 2021, eq. 3)."""
     polyak = own_state(Linear, optax.polyak_sgd(max_learning_rate=100.0, scaling=1.0))
     step = jax.jit(train_step)
-    (moved, metrics), (by_sgd, _) = step(polyak, batch), step(own_state(Linear), batch)
+    (moved, metrics), (by_sgd, _) = step(KEY, polyak, batch), step(KEY, own_state(Linear), batch)
     gradient = jax.tree.map(lambda a, b: (a - b) / 0.1, polyak.params, by_sgd.params)
     rate = metrics.loss / optax.tree.norm(gradient, squared=True)
     for part in ("kernel", "bias"):
@@ -397,7 +401,7 @@ def test_dtypes_stay_in_x64(kind):
         state = create_state(jax.random.key(0), lambda rngs: CNN(CONFIG, rngs=rngs), optimizer)
         batch = Examples(jnp.asarray(images), jnp.asarray(labels))
         assert (batch.images.dtype, batch.labels.dtype) == (np.float64, np.int64)
-        new_state, metrics = jax.eval_shape(train_step, state, batch)
+        new_state, metrics = jax.eval_shape(train_step, KEY, state, batch)
         before, after = (
             [leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (state, new_state)
         )

@@ -99,7 +99,9 @@ def test_a_frozen_network_learns_as_in_evaluation(splits):
     stats = jax.tree.map(lambda a: a + 0.3, state.batch_stats)
     state = dataclasses.replace(state, batch_stats=stats)
     frozen = ("convs", "norms", "hidden")
-    new, _ = jax.jit(train_step, static_argnames="freeze")(state, batch, freeze=frozen)
+    new, _ = jax.jit(train_step, static_argnames="freeze")(
+        jax.random.key(0), state, batch, freeze=frozen
+    )
     own = nnx.merge(state.graphdef, state.params, stats)
     features_BF = np.asarray(own.features(jnp.asarray(batch.images / np.float32(255))), np.float64)
     probabilities = np.asarray(jax.nn.softmax(own(jnp.asarray(batch.images / np.float32(255)))))

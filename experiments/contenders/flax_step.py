@@ -56,14 +56,17 @@ class PlainCNN(nnx.Module):
 def plain(examples: Examples, batch_size: int):
     """Returns `train(steps)`: a jitted step a batch, from a Python loop."""
     optimizer = optax.sgd(0.01, momentum=0.9)
-    state = create_state(jax.random.key(0), lambda rngs: PlainCNN(rngs=rngs), optimizer)
-    step = jax.jit(train_step, donate_argnums=0)
+    key = jax.random.key(0)
+    state = create_state(key, lambda rngs: PlainCNN(rngs=rngs), optimizer)
+    step = jax.jit(train_step, donate_argnums=1)
 
     def train(steps):
         nonlocal state
         for i in range(steps):
             rows = slice(i * batch_size, (i + 1) * batch_size)
-            state, metrics = step(state, Examples(examples.images[rows], examples.labels[rows]))
+            state, metrics = step(
+                key, state, Examples(examples.images[rows], examples.labels[rows])
+            )
         assert np.isfinite(metrics.loss)
 
     return train
