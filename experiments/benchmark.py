@@ -44,7 +44,7 @@ class Command:
     Attributes:
       sections: what to measure.
       rounds: turns that each contender takes.
-      batch_size: examples a batch, in steps and data.
+      batch_size: examples per batch, in steps and data.
       peers: the Python that has PyTorch and Keras; without one only ours are measured.
       keras_epochs: epochs of the notebook's recipe to run in Keras; its five are extrapolated.
       seeds: seeds of our recipe in the section accuracy.

@@ -80,7 +80,7 @@ def at_precision(recipe: Recipe, precision: Precision) -> Recipe:
 
 def images(recipe: Recipe, splits, *, epochs: int) -> int:
     """Returns how many images so many epochs train on."""
-    steps = splits.train.num_examples // recipe.batch_size
+    steps = recipe.steps_per_epoch(splits.train.num_examples)
     return epochs * steps * recipe.batch_size
 
 

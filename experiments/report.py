@@ -101,7 +101,7 @@ class Page:
 
 def calibration(evaluation) -> dict[str, float]:
     """Returns loss, Brier score and ECE."""
-    from mnist_flax.evaluation import reliability
+    from mnist_flax.reports.calibration import reliability
 
     ece = reliability(evaluation).ece
     return {"loss": evaluation.loss, "brier": evaluation.brier, "ece": ece}
@@ -125,7 +125,8 @@ def label_noise(test, *, fingerprint: str) -> dict[str, Any] | None:
 
 def measure(run, splits, bar: tqdm) -> tuple[dict[str, Any], Any]:
     """Returns a run's numbers, as JSON, and its evaluation of the test split."""
-    from mnist_flax.evaluation import evaluate, fit_temperature, risk_coverage, wilson_interval
+    from mnist_flax.evaluation import evaluate
+    from mnist_flax.reports.calibration import fit_temperature, risk_coverage, wilson_interval
     from mnist_flax.studies import robustness
 
     test = evaluate(run.state, splits.test)
@@ -275,8 +276,8 @@ def add_mistakes(page: Page, run, examples, test) -> None:
 
 def add_calibration(page: Page, numbers: dict[str, Any], test) -> None:
     """Adds loss, Brier score, ECE and the reliability, with the fitted temperature and without."""
-    from mnist_flax.evaluation import reliability
     from mnist_flax.reports import figures
+    from mnist_flax.reports.calibration import reliability
 
     page.heading("Calibration", 3)
     before = numbers["calibration"]
@@ -344,8 +345,8 @@ def add_run(page: Page, run, splits, numbers: dict[str, Any], test) -> None:
 
 def add_comparison(page: Page, reports: list[dict[str, Any]], tests: list[Any]) -> None:
     """Adds what all runs have in common: one table, and curves of each."""
-    from mnist_flax.evaluation import risk_coverage
     from mnist_flax.reports import figures
+    from mnist_flax.reports.calibration import risk_coverage
 
     rows = [
         [

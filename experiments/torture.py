@@ -147,7 +147,7 @@ def final_arrays(workdir: Path, data_dir: Path | None) -> list[np.ndarray]:
     """Returns every array of the last checkpoint."""
     recipe = from_dict(json.loads((workdir / RECIPE_FILE).read_text()))
     splits = load_splits(recipe.dataset, val_size=recipe.val_size, seed=0, data_dir=data_dir)
-    steps = len(splits.train.labels) // recipe.batch_size
+    steps = recipe.steps_per_epoch(len(splits.train.labels))
     like = initial_progress([recipe], splits.info, steps=steps, mesh=make_mesh(devices=1))
     saved = checkpoint.newest(
         workdir, lambda record: checkpoint.progress_arrays(like), strict=True, set_aside=False

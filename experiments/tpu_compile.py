@@ -79,7 +79,7 @@ def compile_for(recipe, info, devices):
     from mnist_flax.replicas import BATCH_AXIS
 
     num_examples = 60_000 - recipe.val_size
-    steps = num_examples // recipe.batch_size
+    steps = recipe.steps_per_epoch(num_examples)
     mesh = Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
     def described(shape, dtype, *axes) -> Any:

@@ -112,7 +112,7 @@ def check_fits(recipe: Recipe, splits: Splits, *, mesh: Mesh, replicas: int = 1)
             "balance needs the labels of all training examples, which streamed records do not have "
             "at hand; hold them in memory, or set it to False"
         )
-    steps = splits.train.num_examples // recipe.batch_size
+    steps = recipe.steps_per_epoch(splits.train.num_examples)
     state_shape(without_seed(recipe), splits.info, steps=steps)
 
 
@@ -296,7 +296,7 @@ class Trainer:
         self.replicas = len(recipes)
         self.keys = keys_of(recipes, mesh=mesh)
         N = splits.train.num_examples
-        self.steps = N // recipe.batch_size
+        self.steps = recipe.steps_per_epoch(N)
         self.programs: tuple[Callable, Callable | None] | None = None
         self.zero = zero_program(self.replicas, mesh)()
         numbers = {
@@ -585,7 +585,7 @@ def fit(
         recipe, seeds=(recipe.seed,) if seeds is None else seeds, vary=vary or {}
     )
     mesh = mesh or make_mesh(replicas=len(recipes))
-    steps = splits.train.num_examples // recipe.batch_size
+    steps = recipe.steps_per_epoch(splits.train.num_examples)
     with hosts.all_or_none():
         check_fits(recipes[0], splits, mesh=mesh, replicas=len(recipes))
         check_directory(workdir, resume=resume, strict=strict, start_params=start_params)

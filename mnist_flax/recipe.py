@@ -181,6 +181,10 @@ class Recipe:
                     f"val_size above 0 or {name} to None"
                 )
 
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Returns the steps in an epoch of so many training examples."""
+        return num_examples // self.batch_size
+
     def _check_loss(self) -> None:
         if not (dataclasses.is_dataclass(self.loss) and callable(self.loss)):
             raise InputError(f"loss is {self.loss!r}; give a frozen dataclass that can be called")
@@ -388,8 +392,8 @@ def replica_recipes(
     """Returns each replica's own recipe.
 
     Raises:
-      InputError: there is no seed; a varied field is not `traceable`, or has not one value a seed,
-        or cannot have a value.
+      InputError: there is no seed; a varied field is not `traceable`, lacks one value per seed, or
+        cannot have a value.
     """
     if not len(seeds):
         raise InputError("seeds is empty; give one per replica")

@@ -19,10 +19,12 @@ from mnist_flax.errors import InputError
 from mnist_flax.evaluation import (
     Evaluation,
     _logits,
-    fit_temperature,
     mixture,
     padded_size,
     predict,
+)
+from mnist_flax.reports.calibration import (
+    fit_temperature,
     reliability,
     risk_coverage,
     wilson_interval,

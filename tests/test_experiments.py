@@ -45,7 +45,7 @@ from mnist_flax.data import take
 from mnist_flax.datasets import load_splits
 from mnist_flax.datasets.archives import MNIST_FINGERPRINT, disputed_test_labels
 from mnist_flax.errors import DivergedError, InputError
-from mnist_flax.evaluation import Evaluation, evaluate, fit_temperature
+from mnist_flax.evaluation import Evaluation, evaluate
 from mnist_flax.launch import command_line
 from mnist_flax.loop import fit, never
 from mnist_flax.model import CNN, CNNConfig, space_to_depth
@@ -54,6 +54,7 @@ from mnist_flax.optimizer import SGD, AdamW, Staircase
 from mnist_flax.progress import FitResult
 from mnist_flax.recipe import AffineConfig, PlateauConfig, Recipe, differences, from_dict, to_dict
 from mnist_flax.recipes import RECIPES
+from mnist_flax.reports.calibration import fit_temperature
 from mnist_flax.reports.results import load_run, write_results
 from mnist_flax.steps import create_state
 from mnist_flax.studies import robustness
