@@ -1,11 +1,15 @@
-"""Random rotation, shift, shear and zoom of images, in one bilinear resampling.
+"""Random changes of images: an affine map, a mirror image, a crop, an erased rectangle.
 
-The transform is that of Keras's `ImageDataGenerator` (`get_random_transform` and
+Each is a pure function of a key and of images, of which image `i` depends on `(key, i)` alone.
+
+The affine transform is that of Keras's `ImageDataGenerator` (`get_random_transform` and
 `apply_affine_transform` in keras/src/legacy/preprocessing/image.py): the same parameters, units,
 signs, centre and order of composition. Two things differ: outside the image everything is 0, which
 is MNIST's background, where Keras repeats the edge pixels by default; and a shift is always a
 fraction, where Keras takes one from 1 up as pixels.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +72,129 @@ def random_affine(
         width=width,
     )
     return warp_affine(images_BHWC, matrices_B23)
+
+
+def random_flip(key: jax.Array, images_BHWC: jax.Array) -> jax.Array:
+    """Mirror every other image, by chance, from left to right.
+
+    Args:
+        key: One PRNG key.
+        images_BHWC: Images [B, H, W, C].
+
+    Returns:
+        The images, [B, H, W, C].
+    """
+
+    def flip(key, image_HWC):
+        return jnp.where(jax.random.bernoulli(key), image_HWC[:, ::-1], image_HWC)
+
+    return jax.vmap(flip)(_keys(key, len(images_BHWC)), images_BHWC)
+
+
+def random_crop(key: jax.Array, images_BHWC: jax.Array, *, padding: int) -> jax.Array:
+    """Pad every image with zeros on all sides and cut its own size out of that, anywhere.
+
+    So it is shifted by whole pixels, up to `padding` either way and each as likely as another
+    (He et al. 2016, arXiv 1512.03385, section 4.2).
+
+    Args:
+        key: One PRNG key.
+        images_BHWC: Images [B, H, W, C], 0 meaning background.
+        padding: Pixels on each side, at least 0.
+
+    Returns:
+        The images, [B, H, W, C].
+    """
+
+    def crop(key, image_HWC):
+        padded = jnp.pad(image_HWC, [(padding, padding), (padding, padding), (0, 0)])
+        y, x = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+        return jax.lax.dynamic_slice(padded, (y, x, 0), image_HWC.shape)
+
+    return jax.vmap(crop)(_keys(key, len(images_BHWC)), images_BHWC)
+
+
+# Random erasing's shares of the image's area and its ratios of height to width, by its authors.
+ERASED_AREA = (0.02, 0.4)
+ERASED_RATIO = (0.3, 1 / 0.3)
+
+
+def random_erasing(
+    key: jax.Array, images_BHWC: jax.Array, *, probability: jax.typing.ArrayLike
+) -> jax.Array:
+    """Blank a random rectangle of an image out.
+
+    Its area and the logarithm of its ratio of height to width are uniform, and so is its place,
+    within the image where it fits (Zhong et al. 2017, arXiv 1708.04896).
+
+    Args:
+        key: One PRNG key.
+        images_BHWC: Images [B, H, W, C], 0 meaning background.
+        probability: How likely it is that an image is changed, in [0, 1].
+
+    Returns:
+        The images, [B, H, W, C].
+    """
+    _, height, width, _ = images_BHWC.shape
+
+    def erase(key, image_HWC):
+        chance, area, ratio, y, x = jax.random.uniform(key, (5,))
+        area = (ERASED_AREA[0] + area * (ERASED_AREA[1] - ERASED_AREA[0])) * height * width
+        log_low, log_high = jnp.log(jnp.array(ERASED_RATIO))
+        ratio = jnp.exp(log_low + ratio * (log_high - log_low))
+        sides = jnp.array([jnp.sqrt(area * ratio), jnp.sqrt(area / ratio)])
+        (h, w), limits = jnp.round(sides), jnp.array([height, width])
+        top, left = jnp.floor(jnp.array([y, x]) * jnp.maximum(limits - jnp.array([h, w]) + 1, 1))
+        rows_H1, columns_1W = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
+        inside = (rows_H1 >= top) & (rows_H1 < top + h)
+        inside &= (columns_1W >= left) & (columns_1W < left + w)
+        return jnp.where((inside & (chance < probability))[..., None], 0, image_HWC)
+
+    return jax.vmap(erase)(_keys(key, len(images_BHWC)), images_BHWC)
+
+
+def random_changes(
+    key: jax.Array,
+    images_BHWC: jax.Array,
+    *,
+    flip: bool = False,
+    crop: int = 0,
+    erase: jax.typing.ArrayLike = 0.0,
+    **ranges: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Change every image by `random_affine`, then the flip, the crop and the erasing.
+
+    Args:
+        key: One PRNG key. The affine map is that of `random_affine` with the same one.
+        images_BHWC: Floating-point images [B, H, W, C], 0 meaning background.
+        flip: Whether to call `random_flip`.
+        crop: The padding of `random_crop`; 0 leaves it out.
+        erase: The probability of `random_erasing`; a plain 0 leaves it out.
+        **ranges: Those of `random_affine`, which is left out where all are a plain 0.
+
+    Returns:
+        The changed images [B, H, W, C].
+    """
+    if any(not _is_zero(value) for value in ranges.values()):
+        images_BHWC = random_affine(key, images_BHWC, **ranges)
+    # `random_affine` folds in an image's index: these count from the other end.
+    if flip:
+        images_BHWC = random_flip(jax.random.fold_in(key, 2**32 - 1), images_BHWC)
+    if crop:
+        images_BHWC = random_crop(jax.random.fold_in(key, 2**32 - 2), images_BHWC, padding=crop)
+    if not _is_zero(erase):
+        own = jax.random.fold_in(key, 2**32 - 3)
+        images_BHWC = random_erasing(own, images_BHWC, probability=erase)
+    return images_BHWC
+
+
+def _is_zero(value: jax.typing.ArrayLike) -> bool:
+    return isinstance(value, int | float) and value == 0
+
+
+def _keys(key: jax.Array, count: int) -> jax.Array:
+    """Returns the keys of so many images."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
 
 
 def affine_matrix(

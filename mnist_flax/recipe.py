@@ -18,7 +18,7 @@ import jax
 import optax
 from flax import nnx
 
-from mnist_flax.augment import random_affine
+from mnist_flax.augment import random_changes
 from mnist_flax.checks import check_field_types, check_range
 from mnist_flax.data import DatasetInfo
 from mnist_flax.errors import InputError
@@ -31,20 +31,26 @@ from mnist_flax.weights import taken_over
 
 
 @dataclasses.dataclass(frozen=True)
-class AffineConfig:
-    """Ranges of the random affine augmentation; all 0 trains on the images as they are.
+class AugmentConfig:
+    """The augmentation (`mnist_flax.augment`); by default the images are trained on as they are.
 
     Attributes:
       rotate: largest rotation in degrees, either way, in [0, 180).
       shift: largest shift as a fraction of the height and of the width, in [0, 1).
       zoom: largest change of scale, x and y apart, as a fraction, in [0, 1).
       shear: largest shear angle in degrees, either way, in [0, 90).
+      flip: whether images are mirrored, every other one.
+      crop: pixels of padding of a random crop, at least 0.
+      erase: how likely it is that a rectangle is blanked out, in [0, 1).
     """
 
     rotate: float = 0.0
     shift: float = 0.0
     zoom: float = 0.0
     shear: float = 0.0
+    flip: bool = False
+    crop: int = 0
+    erase: float = 0.0
 
     def __post_init__(self):
         check_field_types(self, prefix="augment.")
@@ -52,6 +58,8 @@ class AffineConfig:
         check_range("augment.shift", self.shift, 0, 1)
         check_range("augment.zoom", self.zoom, 0, 1)
         check_range("augment.shear", self.shear, 0, 90)
+        check_range("augment.crop", self.crop, 0, math.inf)
+        check_range("augment.erase", self.erase, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +150,7 @@ class Recipe:
     freeze: tuple[str, ...] = ()
     plain_share: float = 0.0
     model: Any = CNNConfig()
-    augment: AffineConfig = AffineConfig()
+    augment: AugmentConfig = AugmentConfig()
     loss: Any = None
     optimizer: Any = SGD()
     schedule: Any = Constant()
@@ -159,7 +167,7 @@ class Recipe:
         check_range("label_smoothing", self.label_smoothing, 0, 1)
         check_range("accumulate", self.accumulate, 1, math.inf)
         check_range("plain_share", self.plain_share, 0, 1)
-        if self.plain_share and self.augment == AffineConfig():
+        if self.plain_share and self.augment == AugmentConfig():
             raise InputError(
                 f"plain_share is {self.plain_share}, but images are never augmented; give 0"
             )
@@ -367,7 +375,7 @@ def with_fields(recipe: Recipe, values: Mapping[str, float]) -> Recipe:
 TRACEABLE = (
     "label_smoothing",
     "model.dropout",
-    *(f"augment.{field.name}" for field in dataclasses.fields(AffineConfig)),
+    *(f"augment.{name}" for name in ("rotate", "shift", "zoom", "shear", "erase")),
     "optimizer.learning_rate",
     "optimizer.adam_ratio",
     "optimizer.weight_decay",
@@ -411,18 +419,18 @@ def replica_recipes(
 
 
 def make_augment(recipe: Recipe, *, traced: Traced = NOTHING) -> Augment | None:
-    """Returns `augment(key, images_BHWC)` for `train_step`, or None where every range is 0."""
+    """Returns `augment(key, images_BHWC)` for `train_step`, or None where nothing is changed."""
     own = dataclasses.asdict(recipe.augment)
     varied = {name: traced[f"augment.{name}"] for name in own if f"augment.{name}" in traced}
     if varied:
-        return functools.partial(random_affine, **own | varied)
-    return _affine(recipe.augment) if any(own.values()) else None
+        return functools.partial(random_changes, **own | varied)
+    return _changes(recipe.augment) if any(own.values()) else None
 
 
 @functools.cache
-def _affine(config: AffineConfig) -> Augment:
+def _changes(config: AugmentConfig) -> Augment:
     """Returns one function for one configuration: `jax.jit` compiles anew for another object."""
-    return functools.partial(random_affine, **dataclasses.asdict(config))
+    return functools.partial(random_changes, **dataclasses.asdict(config))
 
 
 def require_views(recipe: Recipe, *, count: int) -> None:

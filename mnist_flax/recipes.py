@@ -6,7 +6,7 @@ from mnist_flax.model import CNNConfig
 from mnist_flax.models.columns import ColumnsConfig
 from mnist_flax.models.separable import SeparableConfig
 from mnist_flax.optimizer import SGD, AdamW, Constant, Muon, OneCycle, Staircase
-from mnist_flax.recipe import AffineConfig, PlateauConfig, Recipe, StoppingConfig
+from mnist_flax.recipe import AugmentConfig, PlateauConfig, Recipe, StoppingConfig
 
 # The recipe of an older Keras notebook, and elsewhere called the notebook's: 915,146 parameters,
 # plain SGD, five epochs.
@@ -14,7 +14,7 @@ BASELINE = Recipe(
     epochs=5,
     batch_size=64,
     model=CNNConfig(norm_momentum=0.99),
-    augment=AffineConfig(rotate=10.0, shift=0.1, zoom=0.1),
+    augment=AugmentConfig(rotate=10.0, shift=0.1, zoom=0.1),
     optimizer=SGD(learning_rate=0.01, momentum=0.9, nesterov=False),
     schedule=Staircase(decay=0.9),
 )
@@ -46,7 +46,7 @@ FAST = dataclasses.replace(
     QUICK,
     epochs=3,
     plain_share=0.05,
-    augment=AffineConfig(rotate=7.0, shift=0.03, zoom=0.06),
+    augment=AugmentConfig(rotate=7.0, shift=0.03, zoom=0.06),
 )
 
 # 399,434 parameters. Slants and sizes that it need not learn are worth as much as more epochs.
@@ -64,7 +64,7 @@ STRONG = dataclasses.replace(
         pool=(True, False, False, False),
         dropout=0.4,
     ),
-    augment=AffineConfig(rotate=5.0, shift=0.03, zoom=0.05, shear=5.0),
+    augment=AugmentConfig(rotate=5.0, shift=0.03, zoom=0.05, shear=5.0),
     optimizer=dataclasses.replace(QUICK.optimizer, learning_rate=0.4),
 )
 
@@ -88,7 +88,7 @@ ACCURATE = dataclasses.replace(
             ),
         )
     ),
-    augment=AffineConfig(rotate=10.0, shift=0.06, zoom=0.09, shear=10.0),
+    augment=AugmentConfig(rotate=10.0, shift=0.06, zoom=0.09, shear=10.0),
 )
 
 # With validation and early stopping; 169,018 parameters. No label smoothing: the plain validation
@@ -104,7 +104,7 @@ DEFAULT = dataclasses.replace(
         padding=("VALID", "SAME", "VALID", "VALID"),
         pool=(True, False, False, False),
     ),
-    augment=AffineConfig(rotate=10.0, shift=0.05, zoom=0.1),
+    augment=AugmentConfig(rotate=10.0, shift=0.05, zoom=0.1),
     optimizer=STRONG.optimizer,
     stopping=StoppingConfig(patience=2),
 )
@@ -153,7 +153,7 @@ TINY8K = dataclasses.replace(
     TINY2K,
     batch_size=128,
     model=dataclasses.replace(TINY2K.model, normalize=False, widths=(16, 32, 40, 44, 48)),
-    augment=AffineConfig(rotate=8.0, shift=0.05, zoom=0.08),
+    augment=AugmentConfig(rotate=8.0, shift=0.05, zoom=0.08),
 )
 
 RECIPES = {"baseline": BASELINE, "keras": KERAS, "default": DEFAULT, "quick": QUICK}

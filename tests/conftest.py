@@ -12,7 +12,7 @@ from mnist_flax.datasets import load_splits
 from mnist_flax.loop import fit
 from mnist_flax.model import CNNConfig
 from mnist_flax.optimizer import SGD, OneCycle
-from mnist_flax.recipe import AffineConfig, PlateauConfig, Recipe
+from mnist_flax.recipe import AugmentConfig, PlateauConfig, Recipe
 
 # Most of the tests' time is compilation, which takes half without most of LLVM's optimizations and
 # without XLA's fusion emitters (at LLVM's level 0, runs that must be the same bits are not). `make
@@ -38,7 +38,7 @@ RECIPE = Recipe(
     epochs=3,
     batch_size=50,
     model=MODEL if ALL else TINY,
-    augment=AffineConfig(rotate=10.0, shift=0.05),
+    augment=AugmentConfig(rotate=10.0, shift=0.05),
     optimizer=SGD(learning_rate=0.05),
     schedule=OneCycle(warmup=0.2),
     plateau=PlateauConfig(patience=1),

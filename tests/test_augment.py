@@ -1,5 +1,6 @@
-"""`random_affine` against SciPy, against Keras's definition, and against answers worked by hand."""
+"""Augmentations against SciPy, against Keras's definition, and against answers worked by hand."""
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,15 @@ import scipy.ndimage
 import scipy.stats
 from hypothesis import strategies as st
 
-from mnist_flax.augment import affine_matrix, random_affine, warp_affine
+from mnist_flax.augment import (
+    affine_matrix,
+    random_affine,
+    random_changes,
+    random_crop,
+    random_erasing,
+    random_flip,
+    warp_affine,
+)
 from mnist_flax.errors import InputError
 
 RANGES = {"rotate": 12.0, "shift": 0.1, "zoom": 0.1, "shear": 7.0}
@@ -337,3 +346,101 @@ def test_two_devices_give_the_bits_of_one_without_talking():
         assert "gather" in compiled and not re.search(talk, compiled)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120)
+
+
+# --- flip, crop and erasing
+
+
+def numbered(count, height=6, width=8):
+    """Images whose pixels are all different, 1 and more."""
+    return 1 + jnp.arange(count * height * width, dtype=jnp.float32).reshape(
+        count, height, width, 1
+    )
+
+
+def test_flip_by_hand():
+    images = np.asarray(numbered(400))
+    flipped = np.asarray(random_flip(jax.random.key(0), images))
+    pairs = list(zip(flipped, images, strict=True))
+    mirrored = np.array([np.array_equal(own, before[:, ::-1]) for own, before in pairs])
+    same = np.array([np.array_equal(own, before) for own, before in pairs])
+    assert (mirrored ^ same).all()
+    assert scipy.stats.binomtest(int(mirrored.sum()), 400).pvalue > 0.01
+
+
+def test_crop_by_hand():
+    """Every image is one of the 25 cuts of its padded self, each as often as another."""
+    images = np.asarray(numbered(1000))
+    cropped = np.asarray(random_crop(jax.random.key(1), images, padding=2))
+    padded = np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)])
+    found = np.zeros((5, 5), int)
+    for own, whole in zip(cropped, padded, strict=True):
+        places = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if np.array_equal(own, whole[y : y + 6, x : x + 8])
+        ]
+        assert len(places) == 1
+        found[places[0]] += 1
+    assert scipy.stats.chisquare(found.ravel()).pvalue > 0.01
+    np.testing.assert_array_equal(random_crop(jax.random.key(1), images, padding=0), images)
+
+
+def test_erasing_by_hand():
+    """A rectangle of the authors' areas and ratios, within the image, of zeros."""
+    images = np.asarray(numbered(500, 40, 50))
+    erased = np.asarray(random_erasing(jax.random.key(2), images, probability=0.6))
+    blank = (erased == 0)[..., 0]
+    np.testing.assert_array_equal(np.where(blank[..., None], images, erased), images)
+    changed = blank.any((1, 2))
+    assert scipy.stats.binomtest(int(changed.sum()), 500, 0.6).pvalue > 0.01
+    areas, ratios = [], []
+    for mask in blank[changed]:
+        rows, columns = mask.any(1), mask.any(0)
+        np.testing.assert_array_equal(mask, rows[:, None] & columns[None])
+        for line in (rows, columns):
+            assert np.diff(np.flatnonzero(line)).max(initial=1) == 1
+        h, w = rows.sum(), columns.sum()
+        if h < 40 and w < 50:  # else the side was cut off
+            areas.append(h * w / 2000)
+            ratios.append(h / w)
+    # A side is rounded to a whole pixel, which the smallest ones show.
+    assert min(areas) > 0.015
+    assert max(areas) < 0.42
+    assert min(ratios) > 0.2
+    assert max(ratios) < 4.5
+    uniform = scipy.stats.uniform(0.02, 0.38)
+    assert scipy.stats.kstest(areas, uniform.cdf).statistic < 0.12
+    assert abs(np.mean(np.log(ratios))) < 0.1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        random_flip,
+        functools.partial(random_crop, padding=2),
+        functools.partial(random_erasing, probability=0.5),
+    ],
+)
+def test_a_change_of_an_image_depends_on_its_place_alone(change):
+    images = numbered(16)
+    whole = change(jax.random.key(3), images)
+    np.testing.assert_array_equal(change(jax.random.key(3), images[:4]), whole[:4])
+    np.testing.assert_array_equal(jax.jit(change)(jax.random.key(3), images), whole)
+    colour = change(jax.random.key(3), jnp.concatenate([images, 2 * images], axis=-1))
+    np.testing.assert_array_equal(colour[..., :1], whole)
+    assert not np.array_equal(change(jax.random.key(4), images), whole)
+
+
+def test_changes_are_each_of_them_in_turn(splits):
+    images, key = digits(splits, 8), jax.random.key(5)
+    same = random_changes(key, images, rotate=0.0, shift=0.0)
+    np.testing.assert_array_equal(same, images)
+    affine = random_changes(key, images, **RANGES)
+    np.testing.assert_array_equal(affine, random_affine(key, images, **RANGES))
+    all_of_them = random_changes(key, images, flip=True, crop=2, erase=0.5, **RANGES)
+    flip_key, crop_key, erase_key = (jax.random.fold_in(key, 2**32 - n) for n in (1, 2, 3))
+    expected = random_crop(crop_key, random_flip(flip_key, affine), padding=2)
+    expected = random_erasing(erase_key, expected, probability=0.5)
+    np.testing.assert_array_equal(all_of_them, expected)

@@ -266,7 +266,7 @@ def test_another_format_is_one_line(run, like, read, tmp_path, monkeypatch):
     with checkpoint.open_checkpoints(tmp_path) as manager:
         checkpoint.save(manager, run, like)
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"step 0 .* is of format 0, .* reads format 3"):
+    with pytest.raises(InputError, match=r"step 0 .* is of format 0, .* reads format 4"):
         read(tmp_path, strict=False)
 
 

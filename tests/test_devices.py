@@ -27,7 +27,7 @@ from mnist_flax.replicas import make_mesh
 from mnist_flax.model import CNNConfig
 from mnist_flax.models.columns import ColumnsConfig
 from mnist_flax.optimizer import SGD
-from mnist_flax.recipe import AffineConfig, make_augment
+from mnist_flax.recipe import AugmentConfig, make_augment
 from mnist_flax.recipes import RECIPES
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -43,14 +43,14 @@ recipe = dataclasses.replace(
     epochs=2,
     batch_size=64,
     model=CNNConfig(**shape, hidden=(16,)),
-    augment=AffineConfig(rotate=10.0, shift=0.1),
+    augment=AugmentConfig(rotate=10.0, shift=0.1),
     optimizer=SGD(learning_rate=0.05),
 )
 
 def host(state):
     return jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state))
 
-plain = dataclasses.replace(recipe, augment=AffineConfig())
+plain = dataclasses.replace(recipe, augment=AugmentConfig())
 runs = {n: list(epochs(plain, splits, mesh=make_mesh(devices=n))) for n in (1, many)}
 
 def assert_as_on_one(state, *, devices):
@@ -125,7 +125,7 @@ from mnist_flax.replicas import make_mesh
 # Without a bias the background stays 0: it may not cross the ReLU's kink by a last bit.
 model = dataclasses.replace(recipe.model, conv_bias=False)
 optimizer = SGD(learning_rate=0.01)
-plain = dataclasses.replace(recipe, augment=AffineConfig(), model=model, optimizer=optimizer)
+plain = dataclasses.replace(recipe, augment=AugmentConfig(), model=model, optimizer=optimizer)
 replicas = many // 2
 meshes = {n: make_mesh(devices=n, replicas=replicas) for n in (1, fewer, many)}
 assert dict(meshes[many].shape) == {"replica": replicas, "data": 2}

@@ -14,7 +14,7 @@ from scipy import ndimage
 from mnist_flax.errors import InputError
 from mnist_flax.evaluation import predict
 from mnist_flax.loop import fit
-from mnist_flax.recipe import AffineConfig
+from mnist_flax.recipe import AugmentConfig
 from mnist_flax.recipes import RECIPES
 from mnist_flax.reports import digits
 
@@ -23,7 +23,7 @@ from mnist_flax.reports import digits
 def state(splits):
     """A network trained for one epoch on a quarter of MNIST, which is enough to read digits."""
     recipe = dataclasses.replace(
-        RECIPES["quick"], val_size=5000, batch_size=64, augment=AffineConfig(rotate=10.0, zoom=0.1)
+        RECIPES["quick"], val_size=5000, batch_size=64, augment=AugmentConfig(rotate=10.0, zoom=0.1)
     )
     part = type(splits.train)(splits.train.images[:15000], splits.train.labels[:15000])
     return fit(recipe, dataclasses.replace(splits, train=part), progress=False).state

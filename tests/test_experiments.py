@@ -52,7 +52,7 @@ from mnist_flax.model import CNN, CNNConfig, space_to_depth
 from mnist_flax.models.columns import Columns, ColumnsConfig
 from mnist_flax.optimizer import SGD, AdamW, Staircase
 from mnist_flax.progress import FitResult
-from mnist_flax.recipe import AffineConfig, PlateauConfig, Recipe, differences, from_dict, to_dict
+from mnist_flax.recipe import AugmentConfig, PlateauConfig, Recipe, differences, from_dict, to_dict
 from mnist_flax.recipes import RECIPES
 from mnist_flax.reports.calibration import fit_temperature
 from mnist_flax.reports.results import load_run, write_results
@@ -221,7 +221,7 @@ def test_report_of_other_images_and_of_a_class_that_is_not_tested(tmp_path, monk
         epochs=2,
         batch_size=15,
         model=model,
-        augment=AffineConfig(),
+        augment=AugmentConfig(),
         optimizer=SGD(learning_rate=0.05),
     )
     run = tmp_path / "run"
@@ -1079,7 +1079,7 @@ def test_a_recipe_of_before_a_field_is_the_one_of_its_default():
             "25, which 2 columns cannot",
         ),
         ({"plain_share": 1.0}, "plain_share is 1.0"),
-        ({"plain_share": 0.1, "augment": AffineConfig()}, "images are never augmented"),
+        ({"plain_share": 0.1, "augment": AugmentConfig()}, "images are never augmented"),
     ],
 )
 def test_impossible_columns_and_shares(changes, message):

@@ -19,7 +19,7 @@ from mnist_flax.datasets import load_splits
 from mnist_flax.datasets.archives import FILE_NAMES
 from mnist_flax.datasets.folders import load_image_folder, read_image
 from mnist_flax.loop import epochs
-from mnist_flax.recipe import AffineConfig
+from mnist_flax.recipe import AugmentConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -217,7 +217,7 @@ def test_a_recipe_can_be_balanced(small):
         batch_size=20,
         plateau=None,
         model=TINY,
-        augment=AffineConfig(),
+        augment=AugmentConfig(),
     )
     rows = [
         next(epochs(dataclasses.replace(recipe, balance=balance), splits)).row

@@ -24,7 +24,7 @@ from mnist_flax.loop import fit
 from mnist_flax.model import CNNConfig
 from mnist_flax.optimizer import Muon, OneCycle
 from mnist_flax.recipe import (
-    AffineConfig,
+    AugmentConfig,
     PlateauConfig,
     Recipe,
     StoppingConfig,
@@ -41,7 +41,7 @@ RECIPE = Recipe(
     model=CNNConfig(
         widths=(4, 6), padding=("SAME", "VALID"), pool=(True, True), hidden=(), dropout=0.1
     ),
-    augment=AffineConfig(rotate=5.0),
+    augment=AugmentConfig(rotate=5.0),
     optimizer=Muon(learning_rate=0.1, ns_steps=3, adam_ratio=0.1),
     schedule=OneCycle(warmup=0.2),
     plateau=PlateauConfig(patience=1),

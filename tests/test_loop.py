@@ -24,7 +24,7 @@ from mnist_flax.model import CNN, CNNConfig
 from mnist_flax.models.columns import ColumnsConfig
 from mnist_flax.optimizer import SGD, AdamW, Constant, Muon, OneCycle
 from mnist_flax.recipe import (
-    AffineConfig,
+    AugmentConfig,
     PlateauConfig,
     StoppingConfig,
     recipe_views,
@@ -189,7 +189,7 @@ def test_early_stopping_restores_the_best_epoch(small, splits, tmp_path):
         RECIPE,
         epochs=30,
         model=TINY,
-        augment=AffineConfig(),
+        augment=AugmentConfig(),
         optimizer=AdamW(learning_rate=0.1),
         schedule=Constant(),
         plateau=None,
@@ -233,7 +233,7 @@ def test_plateau_lowers_the_rate_and_the_row_says_so(small):
     recipe = dataclasses.replace(
         RECIPE,
         model=TINY,
-        augment=AffineConfig(),
+        augment=AugmentConfig(),
         schedule=Constant(),
         plateau=PlateauConfig(patience=1, factor=0.5, min_delta=0.99),
     )
@@ -243,7 +243,7 @@ def test_plateau_lowers_the_rate_and_the_row_says_so(small):
 
 def test_without_validation_the_last_state_is_kept(small):
     recipe = dataclasses.replace(
-        RECIPE, val_size=0, epochs=2, model=TINY, augment=AffineConfig(), plateau=None
+        RECIPE, val_size=0, epochs=2, model=TINY, augment=AugmentConfig(), plateau=None
     )
     everything = dataclasses.replace(small, val=head(small.val, 0))
     result = fit(recipe, everything, progress=False)
@@ -272,7 +272,7 @@ def test_the_last_share_of_a_run_is_not_augmented(small):
     """As if a recipe without augmentation had gone on from there."""
     ending = dataclasses.replace(RECIPE, epochs=2, model=TINY, plain_share=0.5)
     first = next(epochs(dataclasses.replace(ending, plain_share=0.0), small))
-    plain = dataclasses.replace(ending, plain_share=0.0, augment=AffineConfig())
+    plain = dataclasses.replace(ending, plain_share=0.0, augment=AugmentConfig())
     (second,) = epochs(plain, small, start=first.state)
     ends = [row["train_loss"] for row in list(epochs(ending, small))[-1].history]
     separate = [result.row["train_loss"] for result in (first, second)]
@@ -285,7 +285,7 @@ def test_each_column_learns(small):
     model = dataclasses.replace(MODEL, hidden=())
     recipe = dataclasses.replace(
         RECIPE,
-        augment=AffineConfig(),
+        augment=AugmentConfig(),
         model=ColumnsConfig((model, dataclasses.replace(model, normalize=True))),
         optimizer=Muon(learning_rate=0.2, ns_steps=2, adam_ratio=0.1),
     )
@@ -316,7 +316,7 @@ def test_parameters_that_are_not_finite_are_noticed_after_the_last_step(small):
         val_size=0,
         epochs=1,
         model=TINY,
-        augment=AffineConfig(),
+        augment=AugmentConfig(),
         optimizer=SGD(learning_rate=1e30),
         schedule=Constant(),
         plateau=None,

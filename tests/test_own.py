@@ -20,7 +20,7 @@ from mnist_flax.evaluation import evaluate
 from mnist_flax.launch import command_line
 from mnist_flax.loop import epochs, fit
 from mnist_flax.optimizer import SGD, AdamW, Constant
-from mnist_flax.recipe import AffineConfig, from_dict, to_dict
+from mnist_flax.recipe import AugmentConfig, from_dict, to_dict
 from mnist_flax.reports.results import load_run
 from mnist_flax.steps import apply_gradients, create_state, loss_and_grads, train_step
 
@@ -116,7 +116,7 @@ OWN = dataclasses.replace(
     RECIPE,
     epochs=2,
     model=MLPConfig(),
-    augment=AffineConfig(),
+    augment=AugmentConfig(),
     optimizer=AdamW(learning_rate=3e-3),
     schedule=Constant(),
     plateau=None,

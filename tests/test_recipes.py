@@ -10,7 +10,7 @@ from mnist_flax.errors import InputError
 from mnist_flax.model import CNNConfig
 from mnist_flax.optimizer import SGD
 from mnist_flax.recipe import (
-    AffineConfig,
+    AugmentConfig,
     PlateauConfig,
     Recipe,
     StoppingConfig,
@@ -63,7 +63,7 @@ def test_a_field_of_another_type_is_refused_by_its_name(name, value, wanted):
     [
         (lambda: Recipe(epochs=2.5), "epochs"),  # type: ignore
         (lambda: CNNConfig(widths=[8, 8, 8]), "model.widths"),  # type: ignore
-        (lambda: AffineConfig(rotate="10"), "augment.rotate"),  # type: ignore
+        (lambda: AugmentConfig(rotate="10"), "augment.rotate"),  # type: ignore
         (lambda: SGD(learning_rate=None), "optimizer.learning_rate"),  # type: ignore
         (lambda: PlateauConfig(patience=1.0), "plateau.patience"),  # type: ignore
         (lambda: StoppingConfig(min_delta="0"), "stopping.min_delta"),  # type: ignore

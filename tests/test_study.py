@@ -19,7 +19,7 @@ from mnist_flax.models.columns import ColumnsConfig
 from mnist_flax.optimizer import AdamW, Constant, Muon
 from mnist_flax.recipe import (
     TRACEABLE,
-    AffineConfig,
+    AugmentConfig,
     PlateauConfig,
     StoppingConfig,
     recipe_views,
@@ -31,7 +31,7 @@ from mnist_flax.studies.seeds import see
 
 pytestmark = pytest.mark.bits
 # Without augmentation, whose last bit XLA rounds otherwise in a loop within a loop.
-PLAIN = dataclasses.replace(RECIPE, augment=AffineConfig())
+PLAIN = dataclasses.replace(RECIPE, augment=AugmentConfig())
 SEEDS = (3, 0, 8)
 # Replicas that stop at different epochs.
 STOPPING = dataclasses.replace(
@@ -90,7 +90,7 @@ def test_a_varied_number_is_the_recipes_own(small):
         epochs=1,
         model=TINY,
         plain_share=0.5,
-        augment=AffineConfig(rotate=5.0),
+        augment=AugmentConfig(rotate=5.0),
         optimizer=Muon(learning_rate=0.1, ns_steps=2, adam_ratio=0.1),
         plateau=None,
     )

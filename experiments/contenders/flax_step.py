@@ -20,7 +20,7 @@ from worker import serve
 from mnist_flax.data import DatasetInfo, Examples, Splits
 from mnist_flax.launch import runtime
 from mnist_flax.loop import Trainer, initial_progress
-from mnist_flax.recipe import AffineConfig
+from mnist_flax.recipe import AugmentConfig
 from mnist_flax.recipes import BASELINE
 from mnist_flax.replicas import make_mesh
 from mnist_flax.steps import create_state, train_step
@@ -76,7 +76,7 @@ def ours(examples: Examples, batch_size: int):
     """Returns `train(steps)` as `fit` trains: the steps are one program, the data resident."""
     info = DatasetInfo("mnist", "", 10, tuple("0123456789"), (28, 28, 1), "")
     recipe = dataclasses.replace(
-        BASELINE, val_size=0, batch_size=batch_size, augment=AffineConfig()
+        BASELINE, val_size=0, batch_size=batch_size, augment=AugmentConfig()
     )
     mesh, none = make_mesh(), Examples(examples.images[:0], examples.labels[:0])
     trainer = Trainer([recipe], Splits(examples, none, none, info), varied=(), mesh=mesh)
