@@ -33,9 +33,7 @@ lint: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
-	test -e runs/demo/result.json || $(BIN)/python experiments/train.py --workdir runs/demo \
-	  $$(test -e runs/demo/recipe.json && echo --resume)
-	$(BIN)/python experiments/demo.py runs/demo
+	$(BIN)/python experiments/demo.py
 
 determinism: .venv/installed
 	$(BIN)/python experiments/determinism.py

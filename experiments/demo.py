@@ -1,7 +1,7 @@
 """Draw a digit in the browser and watch what the network makes of it, as you draw.
 
-    make demo                                  # trains the default recipe first, once
-    python experiments/demo.py runs/default-seed0
+    python experiments/demo.py                 # the weights that come with the package
+    python experiments/demo.py runs/quick-seed0
 
 Serves a page on this machine alone (127.0.0.1), until Ctrl-C.
 """
@@ -31,7 +31,7 @@ class Command:
     """Options of the script.
 
     Attributes:
-      run: a run directory.
+      run: a run's directory or weights; by default "default", which comes with the package.
       port: where to serve.
     """
 
@@ -52,7 +52,7 @@ def make_page(run):
     from mnist_flax.evaluation import Evaluation, predict
     from mnist_flax.reports import digits, familiarity
 
-    names, known = run.info.class_names, familiarity.load(run.workdir)
+    names, known = run.info.class_names, run.familiarity
 
     def answer(sketch):
         drawn = sketch["composite"] if isinstance(sketch, dict) else sketch
@@ -69,7 +69,8 @@ def make_page(run):
         probabilities = Evaluation(logits, np.zeros(1, np.int32)).probabilities_NK[0]
         seen = Image.fromarray(image[:, :, 0]).resize((SHOWN, SHOWN), Image.Resampling.NEAREST)
         strange = ""
-        if known is not None and known.distances(familiarity.features(run.state, image[None])) > 1:
+        own = familiarity.measurements(run.state, image[None])
+        if known is not None and known.distances(own) > 1:
             strange = "It is nothing like what the network was trained on."
         return dict(zip(names, map(float, probabilities), strict=True)), seen, strange
 
@@ -99,14 +100,14 @@ def make_page(run):
 def main(arguments):
     """Serves the page."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
-    if len(command.run) != 1:
+    if len(command.run) > 1:
         raise InputError("name one run directory; see --help")
     command_line.begin()
 
     from mnist_flax.reports.digits import require_shape
-    from mnist_flax.reports.results import load_run
+    from mnist_flax.reports.runs import load_run
 
-    run = load_run(command.run[0])
+    run = load_run(command.run[0] if command.run else "default")
     print(run, file=sys.stderr)
     require_shape(run.info.image_shape)
     try:

@@ -1,10 +1,11 @@
-"""Export a finished run as StableHLO and ONNX, each checked against it on the whole test split.
+"""Export a run as StableHLO, ONNX and weights, each checked against it on the test split.
 
     python experiments/export.py runs/default-seed0
 
-Writes export/model.stablehlo and export/model.onnx into the run's directory; what fails its check
-is not written. ONNX needs `pip install -e '.[export]'`; without it only StableHLO is written, and
-the script says so. ONNX computes in float32, a network of bfloat16 too.
+Writes model.stablehlo, model.onnx and weights.safetensors into the run's export/; what fails its
+check is not written. `load_run` and the scripts take the weights in place of the run. ONNX needs
+`pip install -e '.[export]'`; without it the others are written, and the script says so. ONNX
+computes in float32, a network of bfloat16 too.
 """
 
 import dataclasses
@@ -31,13 +32,15 @@ class Command(options.Dataset):
     """Options of the script.
 
     Attributes:
-      run: a run directory.
+      run: a run's directory, or its weights.
       out: where the files go; by default export/ in the run's directory.
+      half: round the weights to 16 bits.
       archives: the directory of IDX archives that the run was trained on, if it was.
     """
 
     run: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     out: Path | None = None
+    half: bool = False
 
     def __post_init__(self):
         if len(self.run) > 1:
@@ -60,6 +63,14 @@ def run_onnx(data: bytes, images_NHWC: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     batches = np.array_split(images_NHWC, 10)
     return np.concatenate([np.asarray(session.run(None, {"images": i})[0]) for i in batches])
+
+
+def run_weights(data: bytes, images_NHWC: np.ndarray) -> np.ndarray:
+    """Returns the logits [N, K] of packed weights."""
+    from mnist_flax.evaluation import predict
+    from mnist_flax.reports.runs import unpack_weights
+
+    return predict(unpack_weights(data, name="the weights").state, images_NHWC)
 
 
 def write_checked(
@@ -114,11 +125,13 @@ def main(arguments):
 
     from mnist_flax.evaluation import predict
     from mnist_flax.reports import export
-    from mnist_flax.reports.results import load_run
+    from mnist_flax.reports.runs import load_run, pack_weights
     from mnist_flax.workdir import require_directory
 
     run = load_run(command.run[0])
     print(run, file=sys.stderr)
+    if command.out is None and run.workdir.is_file():
+        raise InputError(f"{run.workdir} is no directory of a run; give --out")
     out = command.out or run.workdir / "export"
     require_directory(out, "out")
     splits = command.load(run.recipe, val_size=0)
@@ -129,12 +142,12 @@ def main(arguments):
     expected_NK = predict(run.state, images_NHWC)
     networks = getattr(run.recipe.model, "columns", (run.recipe.model,))
     precisions = {getattr(network, "precision", "float32") for network in networks}
-    half = BFLOAT16_TOLERANCE * float(np.abs(expected_NK).max())
+    rough = BFLOAT16_TOLERANCE * float(np.abs(expected_NK).max())
     check = functools.partial(
         write_checked,
         images_NHWC=images_NHWC,
         expected_NK=expected_NK,
-        tolerance=half if "bfloat16" in precisions else TOLERANCE,
+        tolerance=rough if "bfloat16" in precisions or command.half else TOLERANCE,
     )
     stablehlo = functools.partial(export.to_stablehlo, run.state, image_shape=shape)
     onnx = functools.partial(export.to_onnx, run.state, image_shape=shape, class_names=names)
@@ -143,7 +156,8 @@ def main(arguments):
         sound &= check(out / "model.onnx", onnx, run_onnx)
     except (InputError, ImportError) as error:
         print(f"no ONNX: {error}", file=sys.stderr)
-    return int(not sound)
+    weights = functools.partial(pack_weights, run, dtype="float16" if command.half else "float32")
+    return int(not (sound & check(out / "weights.safetensors", weights, run_weights)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Read the digit on each of some pictures: photographs, scans, drawings.
 
-    python experiments/predict.py runs/default-seed0 digit.png photo.jpg
+    python experiments/predict.py digit.png photo.jpg
+    python experiments/predict.py runs/quick-seed0 digit.png
 
+The first reads with the weights of `default`, which come with the package.
 Prints a line a picture: the digit, its probability, and the runner-up. `--line` reads several
 digits in a row; `--show out.png` draws what was made of the pictures; `--json` prints JSON.
 """
@@ -26,7 +28,8 @@ class Command:
     """Options of the script.
 
     Attributes:
-      paths: a run directory, then pictures; options stand before or after all of them.
+      paths: a run's directory or weights, if not "default", then pictures; options stand before or
+        after all of them.
       line: read several digits on one line, in order.
       show: a PNG file to draw what the network saw into.
       json: print JSON instead of text.
@@ -75,8 +78,8 @@ def answer(probabilities_K, names, distance: float | None) -> dict[str, Any]:
 def main(arguments):
     """Reads the pictures and prints the answers; status 1 where one has no digit."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
-    if len(command.paths) < 2:
-        raise InputError("name a run directory and at least one picture; see --help")
+    if not command.paths:
+        raise InputError("name at least one picture; see --help")
     if command.show is not None and command.show.is_dir():
         raise InputError(f"show is {command.show}, a directory; name a PNG file")
     if command.show is not None:
@@ -90,15 +93,20 @@ def main(arguments):
     from mnist_flax.reports import familiarity
     from mnist_flax.reports.digits import require_shape
     from mnist_flax.reports.figures import plot_predictions, save_figure
-    from mnist_flax.reports.results import load_run
+    from mnist_flax.reports.runs import is_run, load_run
 
-    run = load_run(command.paths[0])
+    named, pictures = ("default",), command.paths
+    if is_run(pictures[0]):
+        named, pictures = pictures[:1], pictures[1:]
+    if not pictures:
+        raise InputError("name at least one picture; see --help")
+    run = load_run(named[0])
     print(run, file=sys.stderr)
     if run.info.version != VERSION:
         require_shape(run.info.image_shape)
-    names, known = run.info.class_names, familiarity.load(run.workdir)
+    names, known = run.info.class_names, run.familiarity
     images, probabilities, answers = [], [], []
-    for path in command.paths[1:]:
+    for path in pictures:
         try:
             found = read(path, run.info, line=command.line)
         except InputError as error:
@@ -110,7 +118,7 @@ def main(arguments):
         probabilities.append(evaluation.probabilities_NK)
         distances = [None] * len(found)
         if known is not None:
-            distances = known.distances(familiarity.features(run.state, found)).tolist()
+            distances = known.distances(familiarity.measurements(run.state, found)).tolist()
         pairs = zip(evaluation.probabilities_NK, distances, strict=True)
         digits = [answer(row, names, distance) for row, distance in pairs]
         answers.append({"picture": str(path), "digits": digits})

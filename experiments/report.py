@@ -398,7 +398,7 @@ def main(arguments):
         raise InputError("name at least one run directory; see --help")
     command_line.begin()
 
-    from mnist_flax.reports.results import load_run
+    from mnist_flax.reports.runs import load_run
     from mnist_flax.workdir import require_directory, write_json, write_text
 
     runs = [load_run(path) for path in command.runs]

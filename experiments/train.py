@@ -118,7 +118,8 @@ def train(command: Command, name: str, began: float) -> int:
     from mnist_flax.evaluation import evaluate
     from mnist_flax.loop import fit
     from mnist_flax.reports.familiarity import fit_familiarity
-    from mnist_flax.reports.results import load_run, write_results
+    from mnist_flax.reports.results import write_results
+    from mnist_flax.reports.runs import load_run
 
     recipe = command.recipe
     workdir = command.workdir or new_workdir(name, recipe.seed)

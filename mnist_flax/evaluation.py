@@ -18,7 +18,7 @@ from mnist_flax.checks import (
     check_label_array,
     check_label_values,
 )
-from mnist_flax.data import EVAL_BATCH, Examples, check_examples
+from mnist_flax.data import EVAL_BATCH, Examples, check_examples, eval_batches
 from mnist_flax.errors import InputError
 from mnist_flax.replicas import (
     by_replica,
@@ -29,7 +29,14 @@ from mnist_flax.replicas import (
     sharded_batches,
     stack,
 )
-from mnist_flax.steps import TrainState, View, eval_logits, without_optimizer
+from mnist_flax.steps import (
+    TrainState,
+    View,
+    eval_logits,
+    prepared,
+    to_model,
+    without_optimizer,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,15 +191,20 @@ def predict(
       InputError: there is no image; they are not uint8 or floating-point in [0, 1], or of another
         shape than the model's.
     """
+    images_NHWC = _checked(images_NHWC)
+    mesh = mesh_of(state)
+    states = stack(without_optimizer(state), mesh=mesh)
+    size = padded_size(len(images_NHWC))
+    return _predict(states, images_NHWC, mesh=mesh, view=view, batch_size=size)[0]
+
+
+def _checked(images_NHWC: np.ndarray | jax.Array) -> np.ndarray:
     images_NHWC = np.asarray(images_NHWC)
     check_image_array(images_NHWC)
     check_image_values(images_NHWC)
     if not len(images_NHWC):
         raise InputError("there are no images to predict; give at least one")
-    mesh = mesh_of(state)
-    states = stack(without_optimizer(state), mesh=mesh)
-    size = padded_size(len(images_NHWC))
-    return _predict(states, images_NHWC, mesh=mesh, view=view, batch_size=size)[0]
+    return images_NHWC
 
 
 def _predict(
@@ -211,6 +223,29 @@ def _predict(
         logits_RSBK = np.asarray(_logits(states, images_SBHWC, view, mesh=mesh))
     R, K = logits_RSBK.shape[0], logits_RSBK.shape[-1]
     return logits_RSBK.reshape(R, -1, K)[:, :N]
+
+
+@jax.jit
+def _features(state: TrainState, images_BHWC: jax.Array) -> jax.Array:
+    model = to_model(state)
+    return model.features(prepared(model, images_BHWC))
+
+
+def features(state: TrainState, images_NHWC: np.ndarray | jax.Array) -> np.ndarray:
+    """Returns what the last layer sees of `images_NHWC`, float32 [N, F].
+
+    Such as to look for neighbours, or to train another classifier on.
+
+    Raises:
+      InputError: as in `predict`; or the model has no method `features(images_BHWC)`.
+    """
+    images_NHWC = _checked(images_NHWC)
+    if not hasattr(to_model(state), "features"):
+        raise InputError("the model has no method features(images_BHWC); give it one")
+    state, N = without_optimizer(state), len(images_NHWC)
+    padded = Examples(images_NHWC, np.zeros(N, np.int32))
+    batches_SBHWC = eval_batches(padded, batch_size=padded_size(N)).images
+    return np.concatenate([_features(state, images_BHWC) for images_BHWC in batches_SBHWC])[:N]
 
 
 def evaluate(state: TrainState, examples: Examples, *, view: View | None = None) -> Evaluation:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PUBLIC = [getattr(mnist_flax, name) for name in mnist_flax.__all__]
 FUNCTIONS = [thing for thing in PUBLIC if inspect.isfunction(thing)]
 POSITIONAL = {"key", "images_BHWC", "images_NHWC", "state", "states", "batch", "optimizer"}
-POSITIONAL |= {"make_model", "recipe", "splits", "name", "examples", "platform"}
+POSITIONAL |= {"make_model", "recipe", "splits", "name", "examples", "platform", "path"}
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)

@@ -24,7 +24,7 @@ from mnist_flax.errors import CheckpointError, InputError, Interrupted
 from mnist_flax.loop import fit, initial_progress
 from mnist_flax.recipe import to_dict
 from mnist_flax.replicas import make_mesh
-from mnist_flax.reports.results import load_run
+from mnist_flax.reports.runs import load_run
 from mnist_flax.workdir import claim, write_text
 
 # Orbax abandons the other reads of a damaged checkpoint, and their event loop with them.

@@ -22,7 +22,8 @@ from mnist_flax import checkpoint
 from mnist_flax.datasets import load_splits
 from mnist_flax.errors import InputError
 from mnist_flax.hosts import HEARTBEAT_SECONDS, initialize
-from mnist_flax.reports.results import digest, load_run
+from mnist_flax.reports.results import digest
+from mnist_flax.reports.runs import load_run
 
 TRAIN = str(Path(__file__).parents[1] / "experiments" / "train.py")
 # What `make test-all` kills needs 100 steps an epoch, which take longer than writing a checkpoint.

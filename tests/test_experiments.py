@@ -55,7 +55,8 @@ from mnist_flax.progress import FitResult
 from mnist_flax.recipe import AugmentConfig, PlateauConfig, Recipe, differences, from_dict, to_dict
 from mnist_flax.recipes import RECIPES
 from mnist_flax.reports.calibration import fit_temperature
-from mnist_flax.reports.results import load_run, write_results
+from mnist_flax.reports.results import write_results
+from mnist_flax.reports.runs import load_run
 from mnist_flax.steps import create_state
 from mnist_flax.studies import robustness
 from mnist_flax.studies.seeds import over_views, summarize

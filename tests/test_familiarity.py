@@ -15,7 +15,7 @@ from scipy.spatial.distance import mahalanobis
 
 from mnist_flax.loop import fit
 from mnist_flax.reports import familiarity
-from mnist_flax.reports.familiarity import Familiarity, features, fit_familiarity
+from mnist_flax.reports.familiarity import Familiarity, fit_familiarity, measurements
 
 PREDICT = Path(__file__).parents[1] / "experiments" / "predict.py"
 
@@ -41,10 +41,10 @@ def test_digits_are_familiar_and_other_pictures_are_not(whole, splits, small, tm
     """By the network of seconds: half of it are the images that set the limit, about 1 in 100."""
     state = whole[0].state
     known = fit_familiarity(state, small)
-    strange = known.distances(features(state, splits.test.images[:2000])) > 1
+    strange = known.distances(measurements(state, splits.test.images[:2000])) > 1
     assert strange.mean() < 0.05
     for name, images in strange_pictures():
-        assert (known.distances(features(state, images)) > 1).mean() > 0.9, name
+        assert (known.distances(measurements(state, images)) > 1).mean() > 0.9, name
     known.save(tmp_path)
     again = familiarity.load(tmp_path)
     assert again is not None

@@ -30,7 +30,7 @@ from mnist_flax.recipe import (
     StoppingConfig,
     from_dict,
 )
-from mnist_flax.reports.results import load_run
+from mnist_flax.reports.runs import load_run
 
 GOLDEN = Path(__file__).with_name("golden")
 # Of all that a state can hold, a little: Muon, Adam, momentum, plateau, Dropout, statistics.

@@ -21,7 +21,7 @@ from mnist_flax.launch import command_line
 from mnist_flax.loop import epochs, fit
 from mnist_flax.optimizer import SGD, AdamW, Constant
 from mnist_flax.recipe import AugmentConfig, from_dict, to_dict
-from mnist_flax.reports.results import load_run
+from mnist_flax.reports.runs import load_run
 from mnist_flax.steps import apply_gradients, create_state, loss_and_grads, train_step
 
 KEY = jax.random.key(0)  # of the runs

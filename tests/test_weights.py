@@ -16,7 +16,7 @@ from mnist_flax.evaluation import evaluate
 from mnist_flax.loop import epochs, fit
 from mnist_flax.model import CNN
 from mnist_flax.optimizer import SGD, Constant
-from mnist_flax.reports.results import load_run
+from mnist_flax.reports.runs import load_run
 from mnist_flax.steps import create_state, train_step
 from mnist_flax.weights import names_of, taken_over
 

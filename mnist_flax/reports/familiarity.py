@@ -13,34 +13,29 @@ import io
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mnist_flax.data import Examples, Records, Splits, take
-from mnist_flax.steps import TrainState, call_model, prepared, to_float, to_model, without_optimizer
+from mnist_flax.evaluation import features, predict
+from mnist_flax.steps import TrainState, to_float, to_model
 from mnist_flax.workdir import write_bytes
 
 FILE = "familiarity.npz"
 SHARE = 0.99  # of the images that it was not fitted to, which are to count as familiar
 MAX_EXAMPLES = 10_000
 RIDGE = 1e-3  # of the mean variance, added to every variance: features can be dependent
-BATCH = 500
 SIDE = 7  # of the coarse image
 
 
 @jax.jit
-def _features(state: TrainState, images_BHWC: jax.Array) -> jax.Array:
-    model = to_model(state)
-    seen = prepared(model, images_BHWC)
-    has_own = hasattr(model, "features")
-    own_BF = model.features(seen) if has_own else call_model(model, seen, train=False)
-    B, _, _, C = images_BHWC.shape
-    coarse = jax.image.resize(to_float(images_BHWC), (B, SIDE, SIDE, C), "linear")
-    return jnp.concatenate([own_BF, coarse.reshape(B, -1)], axis=1)
+def _coarse(images_NHWC: jax.Array) -> jax.Array:
+    N, _, _, C = images_NHWC.shape
+    coarse = jax.image.resize(to_float(images_NHWC), (N, SIDE, SIDE, C), "linear")
+    return coarse.reshape(N, -1)
 
 
-def features(state: TrainState, images_NHWC: np.ndarray) -> np.ndarray:
-    """Returns what images are judged by, float64 [N, F]: of the classifier, and coarse pixels.
+def measurements(state: TrainState, images_NHWC: np.ndarray) -> np.ndarray:
+    """Returns what images are judged by, float64 [N, F]: the features, and coarse pixels.
 
     Of a model without `features`, it is the logits.
 
@@ -48,9 +43,9 @@ def features(state: TrainState, images_NHWC: np.ndarray) -> np.ndarray:
       state: the network.
       images_NHWC: uint8, or float in [0, 1].
     """
-    state, chunks = without_optimizer(state), range(0, len(images_NHWC), BATCH)
-    seen = [np.asarray(_features(state, images_NHWC[i : i + BATCH])) for i in chunks]
-    return np.concatenate(seen).astype(np.float64)
+    own = features if hasattr(to_model(state), "features") else predict
+    seen = (own(state, images_NHWC), np.asarray(_coarse(images_NHWC)))
+    return np.concatenate(seen, axis=1).astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +70,29 @@ class Familiarity:
         off_NKF = features_NF[:, None] - self.means_KF
         squared_NK = ((off_NKF @ self.precision_FF) * off_NKF).sum(-1)
         return squared_NK.min(-1) / self.limit
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Returns it as arrays of little size, which change a distance by less than a hundredth.
+
+        Of the precision, its Cholesky factor's triangle in 16 bits.
+        """
+        factor_FF = np.linalg.cholesky(self.precision_FF)
+        scale = np.abs(factor_FF).max()
+        return {
+            "means": self.means_KF.astype(np.float32),
+            "factor": (factor_FF / scale)[np.tril_indices(len(factor_FF))].astype(np.float16),
+            "scale": np.asarray(scale, np.float64),
+            "limit": np.asarray(self.limit, np.float64),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Familiarity:
+        """Returns what `to_arrays` made into arrays."""
+        F = arrays["means"].shape[1]
+        factor_FF = np.zeros((F, F))
+        factor_FF[np.tril_indices(F)] = arrays["factor"] * arrays["scale"]
+        means_KF = arrays["means"].astype(np.float64)
+        return cls(means_KF, factor_FF @ factor_FF.T, float(arrays["limit"]))
 
     def save(self, workdir: Path) -> None:
         """Writes it into a run's directory."""
@@ -101,7 +119,7 @@ def fit_familiarity(state: TrainState, splits: Splits) -> Familiarity:
     train: Examples | Records = splits.train
     count = min(len(train), MAX_EXAMPLES)
     examples = take(train, np.linspace(0, len(train) - 1, count).astype(np.int64))
-    features_NF = features(state, np.asarray(examples.images))
+    features_NF = measurements(state, np.asarray(examples.images))
     labels_N = np.asarray(examples.labels)
     fitted_NF, fitted_N = features_NF[::2], labels_N[::2]
     classes = np.unique(fitted_N)

@@ -1,9 +1,8 @@
-"""What a finished run leaves for its reader: result.json and the pictures; and reading it."""
+"""What a finished run leaves for its reader: result.json and the pictures."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -13,17 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnist_flax import checkpoint
 from mnist_flax.data import DatasetInfo, Examples
-from mnist_flax.errors import InputError
 from mnist_flax.evaluation import Evaluation
-from mnist_flax.loop import initial_progress
-from mnist_flax.progress import FitResult, Progress
-from mnist_flax.recipe import Recipe, from_dict, to_dict
-from mnist_flax.replicas import make_mesh, replica
+from mnist_flax.progress import FitResult
+from mnist_flax.recipe import Recipe, to_dict
 from mnist_flax.reports import figures
 from mnist_flax.steps import TrainState, without_keys
-from mnist_flax.workdir import RECIPE_FILE, read_json, write_json
+from mnist_flax.workdir import write_json
 
 RESULT_FILE = "result.json"
 
@@ -139,66 +134,3 @@ def write_results(
     )
     write_json(workdir / RESULT_FILE, summary)
     return summary
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run, finished or not, as read from its directory.
-
-    Attributes:
-      workdir: the directory.
-      recipe: its recipe.
-      info: what its dataset is; the dataset itself need not be there.
-      state: its best epoch's state so far, or the last one's where there is no validation; one
-        device's. Before the end of the first epoch, the state that it has come to.
-      best_epoch: the epoch of `state`; 0 before the end of the first.
-      epochs: how many epochs are done.
-    """
-
-    workdir: Path
-    recipe: Recipe
-    info: DatasetInfo
-    state: TrainState
-    best_epoch: int
-    epochs: int
-
-    def __str__(self) -> str:
-        """Returns which weights these are, in words."""
-        which = f"of epoch {self.best_epoch}" if self.best_epoch else "from within epoch 1"
-        return f"{self.workdir}: weights {which}; {self.epochs} of {self.recipe.epochs} epochs done"
-
-
-def load_run(workdir: str | Path) -> Run:
-    """Reads a run, whether or not it has come to its end; changes nothing.
-
-    Raises:
-      InputError: there is none in `workdir`, or none that has a checkpoint yet.
-      CheckpointError: its checkpoints cannot be read.
-    """
-    workdir = Path(workdir).expanduser()
-    path = workdir / RECIPE_FILE
-    if not path.exists():
-        raise InputError(f"there is no run in {workdir}: it has no {RECIPE_FILE}")
-    if "seeds" in (values := read_json(path)):
-        raise InputError(f"{workdir} holds a study of many networks; name the directory of a run")
-    recipe = from_dict(values)
-
-    @functools.cache
-    def like(info: DatasetInfo) -> Progress:
-        return initial_progress([recipe], info, steps=1, mesh=make_mesh(devices=1))
-
-    def expect(record: dict[str, Any]) -> Any:
-        info = DatasetInfo.from_dict(record["dataset"])
-        checkpoint.require_same(
-            record, checkpoint.identity(to_dict(recipe), info), where=f"the run in {workdir}"
-        )
-        return checkpoint.progress_arrays(like(info))
-
-    saved = checkpoint.newest(workdir, expect, strict=False, set_aside=False)
-    if saved is None:
-        raise InputError(f"the run in {workdir} has no checkpoint yet; let it train for longer")
-    info = DatasetInfo.from_dict(saved.record["dataset"])
-    progress = checkpoint.progress_of(saved, like(info).states)
-    (best_epoch,) = progress.best_epochs
-    state = replica(progress.best if best_epoch else progress.states, 0)
-    return Run(workdir, recipe, info, state, best_epoch, len(progress.history))
