@@ -55,6 +55,12 @@ def draw_key(key: jax.Array, purpose: Purpose, index: jax.Array | int) -> jax.Ar
 class TrainState:
     """Everything that a step reads and writes. A pytree.
 
+    `jax.tree.map(jnp.stack)` of several is one of many networks for `jax.vmap`; an average over
+    steps is a `jax.tree.map` over `params` and `batch_stats`. `copy.deepcopy` copies the arrays.
+    `pickle` cannot write an optimizer, which is made of closures: pickle `jax.tree.leaves(state)`
+    and `jax.tree.unflatten` them into the structure of a fresh state. A step that is jitted with
+    `donate_argnums=1` deletes every array of the state that it is given, and no other.
+
     Attributes:
       step: steps taken, int32 [].
       params: trainable parameters, nested dicts of arrays by the model's attributes.

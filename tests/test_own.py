@@ -1,8 +1,10 @@
 """Models, losses and optimizers of one's own, through the step and through whole runs."""
 
+import copy
 import dataclasses
 import functools
 import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,13 @@ from mnist_flax.loop import epochs, fit
 from mnist_flax.optimizer import SGD, AdamW, Constant
 from mnist_flax.recipe import AugmentConfig, from_dict, to_dict
 from mnist_flax.reports.runs import load_run
-from mnist_flax.steps import apply_gradients, create_state, loss_and_grads, train_step
+from mnist_flax.steps import (
+    apply_gradients,
+    create_state,
+    eval_step,
+    loss_and_grads,
+    train_step,
+)
 
 KEY = jax.random.key(0)  # of the runs
 
@@ -351,3 +359,31 @@ def test_a_batch_is_what_a_loss_is_given(splits):
     batch = Examples(splits.train.images[:4], splits.train.labels[:4].astype(np.uint8))
     train_step(KEY, make_state(optax.sgd(0.1)), batch, loss=loss)
     assert seen[0] == (np.uint8, np.int32)
+
+
+def test_a_state_is_copied_pickled_averaged_and_donated_as_its_docstring_says(splits):
+    batch = jax.tree.map(jnp.asarray, head(splits.train, 16))
+    state = make_state(optax.sgd(0.1, momentum=0.9))
+    before = host(jax.tree.map(jnp.copy, state))  # NumPy's view of an array would keep it
+    copied = copy.deepcopy(state)
+    assert jax.tree.structure(copied) == jax.tree.structure(state)  # compiles nothing anew
+    leaves = pickle.loads(pickle.dumps(jax.tree.leaves(state)))
+    fresh = make_state(optax.sgd(0.1, momentum=0.9))
+    read = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+
+    step = jax.jit(train_step, donate_argnums=1)
+    with jax.debug_key_reuse(False):  # which does not donate
+        after, _ = step(KEY, state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batch))
+    jax.tree.map(assert_array_equal, host(copied), before)
+    jax.tree.map(assert_array_equal, host(read), before)
+    again, _ = step(KEY, copied, batch)
+    jax.tree.map(assert_array_equal, host(again), host(after))
+
+    averaged = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, read.params, after.params)
+    mean = dataclasses.replace(after, params=averaged)
+    kernel = mean.params["head"]["kernel"]
+    by_hand = 0.75 * before[0]["head"]["kernel"] + 0.25 * np.asarray(after.params["head"]["kernel"])
+    assert_allclose(kernel, by_hand, rtol=1e-6)
+    assert eval_step(mean, batch).loss > 0
