@@ -4,9 +4,15 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -18,11 +24,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from mnist_flax.compat import List
 from mnist_flax.data import DatasetInfo, Examples
 from mnist_flax.errors import InputError, Interrupted
-from mnist_flax.evaluation import evaluate
+from mnist_flax.evaluation import evaluate, predict
 from mnist_flax.launch import command_line
 from mnist_flax.loop import epochs, fit
 from mnist_flax.optimizer import SGD, AdamW, Constant
 from mnist_flax.recipe import AugmentConfig, from_dict, to_dict
+from mnist_flax.reports import export
 from mnist_flax.reports.runs import load_run
 from mnist_flax.steps import (
     apply_gradients,
@@ -387,3 +394,71 @@ def test_a_state_is_copied_pickled_averaged_and_donated_as_its_docstring_says(sp
     by_hand = 0.75 * before[0]["head"]["kernel"] + 0.25 * np.asarray(after.params["head"]["kernel"])
     assert_allclose(kernel, by_hand, rtol=1e-6)
     assert eval_step(mean, batch).loss > 0
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        MLPConfig(),
+        *(pytest.param(own(), marks=pytest.mark.slow) for own in (ResNetConfig, ViTConfig)),
+    ],
+)
+def test_a_model_of_ones_own_is_exported(model, splits):
+    """Without its random streams, of any batch size; as ONNX where its converter is installed."""
+    make = functools.partial(model.make, splits.info)
+    state = create_state(KEY, lambda rngs: make(rngs=rngs), optax.sgd(0.1))
+    images = np.asarray(splits.val.images[:30]) / np.float32(255)
+    expected = predict(state, images)
+    program = jax.export.deserialize(
+        bytearray(export.to_stablehlo(state, image_shape=splits.info.image_shape))
+    )
+    assert_allclose(program.call(images), expected, rtol=1e-5, atol=1e-5)
+    assert_allclose(program.call(images[:7]), expected[:7], rtol=1e-5, atol=1e-5)
+    if model == ViTConfig():
+        return  # jax2onnx 0.13 cannot trace the attention of Flax 0.12: the script says so
+    onnxruntime = pytest.importorskip("onnxruntime")
+    names = splits.info.class_names
+    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings(action="ignore"):
+        data = export.to_onnx(state, image_shape=splits.info.image_shape, class_names=names)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    assert_allclose(session.run(None, {"images": images})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np, optax
+jax.config.update("jax_num_cpu_devices", 2)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from mnist_flax import Examples, create_state, train_step
+from mnist_flax.data import DatasetInfo
+from test_own import KEY, MLPConfig, ResNetConfig, ViTConfig
+
+info = DatasetInfo("own", "", 10, tuple("0123456789"), (28, 28, 1), "")
+rng = np.random.default_rng(0)
+batch = Examples(rng.uniform(size=(16, 28, 28, 1)).astype(np.float32), rng.integers(0, 10, 16))
+for config in (MLPConfig(), ResNetConfig(), ViTConfig()):
+    make = lambda rngs: config.make(info, rngs=rngs)
+    state = create_state(KEY, make, optax.sgd(0.1))
+    step = jax.jit(train_step)
+    expected, metrics = step(KEY, state, batch)
+    for type_ in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2,), ("batch",), axis_types=(type_,))
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(state, NamedSharding(mesh, P()))
+            shared = jax.device_put(batch, NamedSharding(mesh, P("batch")))
+            actual, own = step(jax.device_put(KEY, NamedSharding(mesh, P())), placed, shared)
+        np.testing.assert_allclose(own.loss, metrics.loss, rtol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            actual.params, expected.params,
+        )
+print("agreed")
+"""
+
+
+@pytest.mark.slow
+def test_models_of_ones_own_share_their_batches_over_devices():
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    words = [sys.executable, "-c", SHARDED]
+    env = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=env)
+    assert done.stdout == "agreed\n", done.stderr[-2000:]
