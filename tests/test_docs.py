@@ -36,7 +36,7 @@ def examples():
             yield pytest.param(code, marks=marks, id=f"{path.stem}-{number}")
 
 
-@pytest.mark.parametrize("code", examples())
+@pytest.mark.parametrize("code", list(examples()))
 def test_an_example_runs(code, tmp_path):
     words = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", FEW + code]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
