@@ -60,8 +60,8 @@ bench: .venv/installed .venv-peers/installed
 	touch $@
 
 .venv/all: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,export,lint,demo,fuzz]'
-	$(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,export,lint,demo,fuzz,wandb]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright optuna
 	touch $@
 
 clean:

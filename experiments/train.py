@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mnist_flax import hosts
 from mnist_flax.errors import InputError, Interrupted
-from mnist_flax.launch import command_line, options, runtime
+from mnist_flax.launch import command_line, options, runtime, trackers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Command(options.Training):
       stream: read training records as they are needed instead of holding them all.
       devices: how many devices share a batch; by default all, and on the CPU one a core. With
         distributed, how many each process has; by default all, and on the CPU one.
+      wandb: log the run to Weights & Biases too; WANDB_MODE=offline keeps it for `wandb sync`.
       distributed: this is one of several processes that train together; README.md says how to
         start them.
     """
@@ -37,6 +38,7 @@ class Command(options.Training):
     start_from: Path | None = None
     strict: bool = False
     stream: bool = False
+    wandb: bool = False
     distributed: bool = False
 
 
@@ -108,7 +110,7 @@ def resume_command(command: Command, workdir: Path) -> str:
     for option in ("data_dir", "archives", "devices"):
         if (value := getattr(command, option)) is not None:
             words += [f"--{option.replace('_', '-')}", str(value)]
-    for option in ("stream", "distributed"):
+    for option in ("stream", "wandb", "distributed"):
         words += [f"--{option}"] if getattr(command, option) else []
     return shlex.join(words)
 
@@ -125,6 +127,7 @@ def train(command: Command, name: str, began: float) -> int:
     workdir = command.workdir or new_workdir(name, recipe.seed)
     data_began = time.perf_counter()
     with hosts.all_or_none():
+        tracker = trackers.WandB(workdir, recipe) if command.wandb and hosts.is_first() else None
         mesh = choose_mesh(command)
         splits = command.load(recipe, stream=command.stream)
         start_params = load_run(command.start_from).state if command.start_from else None
@@ -142,6 +145,7 @@ def train(command: Command, name: str, began: float) -> int:
             strict=command.strict,
             mesh=mesh,
             should_stop=interrupts,
+            track=tracker,
         )
     except Interrupted as stop:
         print(f"{stop}; continue with: {resume_command(command, workdir)}", file=sys.stderr)
@@ -162,6 +166,8 @@ def train(command: Command, name: str, began: float) -> int:
         data_seconds=data_seconds,
         test_seconds=time.perf_counter() - test_began,
     )
+    if tracker is not None:
+        tracker.finish(test_accuracy=test.accuracy)
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())
     print(f"{phases}; whole run {time.perf_counter() - began:.1f} s")
     print(f"best epoch {result.best_epoch} of {len(result.history)}; results in {workdir}")

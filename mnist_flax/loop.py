@@ -47,7 +47,7 @@ from mnist_flax.programs import (
     train_program,
     zero_program,
 )
-from mnist_flax.progress import FitResult, Progress, diverged_line, epoch_rows, result_of
+from mnist_flax.progress import FitResult, Progress, Row, diverged_line, epoch_rows, result_of
 from mnist_flax.recipe import (
     Recipe,
     early_stopping,
@@ -548,6 +548,7 @@ def fit(
     mesh: Mesh | None = None,
     progress: bool = True,
     should_stop: Callable[[], bool] = never,
+    track: Callable[[Row], None] | None = None,
 ) -> FitResult:
     """Trains to the end, or until early stopping; checkpoints and logs every epoch.
 
@@ -571,6 +572,9 @@ def fit(
       progress: whether to draw progress bars.
       should_stop: asked now and then; once it returns True a checkpoint is written, within an
         epoch if need be, and `Interrupted` is raised.
+      track: called in process 0 with each new row, as in metrics.jsonl, once its epoch is in the
+        checkpoint, and with none of before a resumption. What it raises ends training, and `resume`
+        goes on after that epoch. After a kill a row may come twice, or be left out.
 
     Raises:
       InputError: the recipe cannot train on these splits or devices; `workdir` holds a run and
@@ -599,10 +603,9 @@ def fit(
         progress=progress and hosts.is_first(),
         should_stop=should_stop,
     )
-    if workdir is None:
-        (last,) = collections.deque(
-            train(start_params=start_params), maxlen=1
-        )  # not every epoch's states
+    tell = functools.partial(tracked, track, many=seeds is not None)
+    if workdir is None:  # keep the last epoch's states, not every one's
+        (last,) = collections.deque(map(tell, train(start_params=start_params)), maxlen=1)
         return result_of(recipes, last)
     trained = to_dict(recipe) if seeds is None else study(recipe, seeds=seeds, vary=vary or {})
     run = checkpoint.identity(trained, splits.info)
@@ -615,8 +618,20 @@ def fit(
             now = checkpoint.restored(Path(workdir), run, now, strict=strict)
         keep = held.enter_context(keeping(Path(workdir), run, now, many=seeds is not None))
         if now.step < recipe.epochs * steps:
-            now = train_and_keep(train, now, keep)
+            now = train_and_keep(train, now, lambda latest: (keep(latest), tell(latest)))
     return result_of(recipes, now)
+
+
+def tracked(track: Callable[[Row], None] | None, progress: Progress, *, many: bool) -> Progress:
+    """Returns the progress; where it is an epoch's end, `track` has been given the epoch's rows.
+
+    Only in process 0. With `many`, rows name their replica.
+    """
+    if track is not None and hosts.is_first():
+        for i, history in enumerate(progress.histories):
+            if history and history[-1]["step"] == progress.step:
+                track({"replica": i, **history[-1]} if many else dict(history[-1]))
+    return progress
 
 
 def check_directory(
@@ -634,7 +649,7 @@ def check_directory(
 
 
 def train_and_keep(
-    train: Callable[..., Iterator[Progress]], now: Progress, keep: Callable[[Progress], None]
+    train: Callable[..., Iterator[Progress]], now: Progress, keep: Callable[[Progress], Any]
 ) -> Progress:
     """Trains to the end, keeps the progress after each epoch and where it is interrupted.
 

@@ -172,6 +172,14 @@ def _check_expected(workdir: Path, *, resume: bool) -> None:
 History = tuple[dict[str, Any], ...]
 
 
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """Returns a row's numbers by what a chart calls them: a study's names end in the replica."""
+    suffix = f"/replica{row['replica']}" if "replica" in row else ""
+    others = ("epoch", "step", "replica")
+    found = {name: value for name, value in row.items() if name not in others}
+    return {name + suffix: value for name, value in found.items() if value is not None}
+
+
 class MetricsLog:
     """The epochs' metrics as JSON lines and as TensorBoard events.
 
@@ -190,30 +198,28 @@ class MetricsLog:
         from tensorboardX import SummaryWriter  # not before a run begins: it takes 0.2 s
 
         self._many, self._rows = many, [0] * len(histories)
-        lines = [json.dumps(row) + "\n" for _, row in self._new(histories)]
+        lines = [json.dumps(row) + "\n" for row in self._new(histories)]
         write_text(workdir / METRICS_FILE, "".join(lines))
         self._lines = (workdir / METRICS_FILE).open("a")
         last = max((history[-1]["step"] for history in histories if history), default=-1)
         self._events = SummaryWriter(str(workdir), purge_step=last + 1)
 
-    def _new(self, histories: Sequence[History]) -> list[tuple[int, dict[str, Any]]]:
-        """Returns the rows that were not seen before, by epoch, with their replicas' numbers."""
+    def _new(self, histories: Sequence[History]) -> list[dict[str, Any]]:
+        """Returns the rows that were not seen before, by epoch."""
         seen, self._rows = self._rows, [len(history) for history in histories]
         rows = [
-            (i, {"replica": i, **row} if self._many else row)
+            {"replica": i, **row} if self._many else row
             for i, history in enumerate(histories)
             for row in history[seen[i] :]
         ]
-        return sorted(rows, key=lambda each: each[1]["epoch"])
+        return sorted(rows, key=lambda row: row["epoch"])
 
     def write(self, histories: Sequence[History]) -> None:
         """Appends the histories' new rows; their numbers also become TensorBoard scalars."""
-        for i, row in self._new(histories):
+        for row in self._new(histories):
             self._lines.write(json.dumps(row) + "\n")
-            for name, value in row.items():
-                if value is not None and name not in ("epoch", "step", "replica"):
-                    tag = f"{name}/replica{i}" if self._many else name
-                    self._events.add_scalar(tag, value, row["step"])
+            for tag, value in scalars(row).items():
+                self._events.add_scalar(tag, value, row["step"])
         self._lines.flush()
         self._events.flush()
 
