@@ -7,7 +7,7 @@ COMPAT_TESTS := $(addprefix tests/test_, $(addsuffix .py, api archives checkpoin
   golden loop metrics model moments notebook optimizer runtime steps stopping stream))
 PEERS := torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
 
-.PHONY: train test test-all compat lint bench determinism demo clean
+.PHONY: train test test-all compat lint bench determinism demo docs clean
 
 train: .venv/installed
 	$(BIN)/python experiments/train.py
@@ -41,6 +41,15 @@ determinism: .venv/installed
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python experiments/benchmark.py --peers .venv-peers/bin/python
 
+# The pages of docs/ and the docstrings as a site, build/site; a broken link is an error.
+docs: .venv-docs/installed
+	.venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/installed: Makefile
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet mkdocs==1.6.1 'mkdocstrings[python]==1.0.8'
+	touch $@
+
 # PyTorch and Keras, to be compared with; the package needs neither.
 .venv-peers/installed: Makefile
 	$(PYTHON) -m venv .venv-peers
@@ -65,4 +74,4 @@ bench: .venv/installed .venv-peers/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers .venv-oldest .venv-newest
+	rm -rf .venv .venv-docs .venv-peers .venv-oldest .venv-newest
