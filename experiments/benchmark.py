@@ -4,7 +4,7 @@
     python experiments/benchmark.py --peers .venv-peers/bin/python --sections steps
 
 Contenders are processes that wait while another works; they take turns, and each figure is the
-median of `rounds` turns. To expect on 2 cores: the notebook's step at 1.3 times the faster
+median of `rounds` turns. Expected on 2 cores: the notebook's step at 1.3 times the faster
 peer, and 99.17% test accuracy in a few seconds where the notebook's recipe takes minutes.
 """
 

@@ -3,9 +3,9 @@
     make determinism
     python experiments/determinism.py --data-dir DIR
 
-Each line is one run in its own process. To expect on a CPU: one digest for all runs on two
+Each line is one run in its own process. Expected on a CPU: one digest for all runs on two
 devices, whatever the processors; one for all runs on one device, of as many processors. Takes a
-minute and a half. To expect on a GPU, which each run compiles for anew: one digest for all.
+minute and a half. Expected on a GPU, which each run compiles for anew: one digest for all.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
     pip install -e '.[fuzz]'
     python experiments/fuzz.py archive -max_total_time=60
 
-The other targets are `recipe`, `command` and `picture`; what follows is libFuzzer's. To expect: it
+The other targets are `recipe`, `command` and `picture`; what follows is libFuzzer's. Expected: it
 ends after the time without a finding, for each refuses with the package's own error, or reads.
 """
 

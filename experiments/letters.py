@@ -5,7 +5,7 @@
       --batch-size 52 --optimizer.learning-rate 0.1 --start-from runs/quick-seed0
 
 Matplotlib's own fonts, each letter turned, moved and scaled by chance; the fonts of the test
-letters are others than those to train on. It takes five seconds. To expect of the second command:
+letters are others than those to train on. It takes five seconds. Expected of the second command:
 as in RESULTS, from MNIST's weights and without them.
 """
 

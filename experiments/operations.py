@@ -3,7 +3,7 @@
     python experiments/operations.py
 
 Each line is an operation, the batch shared by one JAX device a core: best of the rounds, in
-milliseconds, of float32 unless bfloat16 is named. To expect: the kernel's gradient several times
+milliseconds, of float32 unless bfloat16 is named. Expected: the kernel's gradient several times
 as fast as `lax`'s, and separable convolutions up to 1.7 times, though alone they must bring images
 into planes and back. Inside a loop, as in training, `lax`'s gradients are a hundred times slower
 still (jax-ml/jax#12868). Takes a minute.

@@ -62,7 +62,7 @@ def main(arguments):
                 Command, arguments, default=default, description=__doc__ or ""
             )
     start(command)
-    with hosts.leave_at_once():
+    with hosts.abort_on_failure():
         return train(command, name, began)
 
 
@@ -126,8 +126,8 @@ def train(command: Command, name: str, began: float) -> int:
     recipe = command.recipe
     workdir = command.workdir or new_workdir(name, recipe.seed)
     data_began = time.perf_counter()
-    with hosts.all_or_none():
-        tracker = trackers.WandB(workdir, recipe) if command.wandb and hosts.is_first() else None
+    with hosts.sync_errors():
+        tracker = trackers.WandB(workdir, recipe) if command.wandb and hosts.is_primary() else None
         mesh = choose_mesh(command)
         splits = command.load(recipe, stream=command.stream)
         start_params = load_run(command.start_from).state if command.start_from else None
@@ -150,11 +150,11 @@ def train(command: Command, name: str, began: float) -> int:
     except Interrupted as stop:
         print(f"{stop}; continue with: {resume_command(command, workdir)}", file=sys.stderr)
         return interrupts.exit_status
-    if hosts.is_first() and not command.distributed:
+    if hosts.is_primary() and not command.distributed:
         fit_familiarity(result.state, splits).save(workdir)
     test_began = time.perf_counter()
     test = evaluate(result.state, splits.test)
-    if not hosts.is_first():
+    if not hosts.is_primary():
         return 0
     summary = write_results(
         workdir,

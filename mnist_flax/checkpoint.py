@@ -32,7 +32,7 @@ from mnist_flax.stopping import EarlyStopping
 from mnist_flax.workdir import (
     LOCK_FILE,
     RECIPE_FILE,
-    claim,
+    lock_workdir,
     read_json,
     require_no_checkpoint_lost,
 )
@@ -68,25 +68,25 @@ class Saved(NamedTuple):
     record: dict[str, Any]
 
 
-def claim_run(
+def lock_run(
     held: contextlib.ExitStack, workdir: Path, run: dict[str, Any], *, resume: bool
 ) -> None:
-    """Claims a run directory for this job until `held` is closed; `run` is the run's identity.
+    """Locks a run directory for this job until `held` is closed; `run` is the run's identity.
 
     Raises:
       InputError: `workdir` is not as `fit` needs it.
     """
-    with hosts.all_or_none():
+    with hosts.sync_errors():
         if resume:
             check_same_recipe(workdir, run["recipe"])
-        if hosts.is_first():
-            held.enter_context(claim(workdir, resume=resume))
-    with hosts.all_or_none():
+        if hosts.is_primary():
+            held.enter_context(lock_workdir(workdir, resume=resume))
+    with hosts.sync_errors():
         check_shared(workdir)
 
 
 def check_shared(workdir: Path) -> None:
-    """Checks that process 0's claim on `workdir` is seen here; Orbax would wait for it for ever.
+    """Checks that process 0's lock on `workdir` is seen here; Orbax would wait for it for ever.
 
     Raises:
       InputError: it is not.
@@ -275,7 +275,7 @@ def newest(
     damaged: dict[int, str] = {}
     while (step := _step_before(directory, min(damaged, default=None))) is not None:
         reason = ""
-        with hosts.all_or_none():
+        with hosts.sync_errors():
             try:
                 saved, like = _read(directory / str(step), step, expect)
             except DamagedError as error:
@@ -313,7 +313,7 @@ def restored(workdir: Path, run: dict[str, Any], fresh: Progress, *, strict: boo
 
     saved = newest(workdir, expect, strict=strict, set_aside=True)
     if saved is None:
-        with hosts.all_or_none():
+        with hosts.sync_errors():
             require_no_checkpoint_lost(workdir)
         return fresh
     return progress_of(saved, fresh.states)
@@ -326,9 +326,9 @@ def _step_before(directory: Path, limit: int | None) -> int | None:
       CheckpointError: the directory cannot be listed.
     """
     steps = [-1]
-    with hosts.all_or_none():
+    with hosts.sync_errors():
         try:
-            names = os.listdir(directory) if hosts.is_first() and directory.exists() else []
+            names = os.listdir(directory) if hosts.is_primary() and directory.exists() else []
         except OSError as error:
             raise CheckpointError(f"{directory} cannot be read: {error.strerror}") from error
         steps += [int(name) for name in names if name.isdecimal()]
@@ -338,8 +338,8 @@ def _step_before(directory: Path, limit: int | None) -> int | None:
 
 def _set_aside(directory: Path, damaged: Iterable[int]) -> None:
     """Renames damaged checkpoints, which no step's name is taken from then."""
-    with hosts.all_or_none():
-        for step in damaged if hosts.is_first() else ():
+    with hosts.sync_errors():
+        for step in damaged if hosts.is_primary() else ():
             name, number = f"{SET_ASIDE}{step}", 1
             while (directory / name).exists():
                 number += 1

@@ -44,7 +44,7 @@ class Evaluation:
     """A network's logits on N examples, and what follows from them.
 
     Attributes:
-      logits_NK: float32 [N, K]; of a `mixture`, float64.
+      logits_NK: float32 [N, K]; of `average_probabilities`, float64.
       labels_N: integers [N], in [0, K).
 
     Raises:
@@ -131,7 +131,7 @@ class Evaluation:
         return Evaluation(self.logits_NK / temperature, self.labels_N)
 
 
-def mixture(evaluations: Sequence[Evaluation]) -> Evaluation:
+def average_probabilities(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Returns the evaluation whose probabilities are the mean of several's on the same examples.
 
     Such as an ensemble's members, or random views of the images (test-time augmentation). Its

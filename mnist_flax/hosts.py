@@ -99,7 +99,7 @@ def _check_coordinator(address: str, *, here: bool, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Returns whether this is process 0, which alone writes results and draws progress."""
     return jax.process_index() == 0
 
@@ -131,7 +131,7 @@ def whole(array: jax.Array | np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
+def sync_errors() -> Iterator[None]:
     """Lets no process go on where another fails: the others would wait for it in a collective.
 
     Raises:
@@ -151,7 +151,7 @@ def all_or_none() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def leave_at_once() -> Iterator[None]:
+def abort_on_failure() -> Iterator[None]:
     """Ends this process where the block fails, so that the others end too; alone it does nothing.
 
     JAX's own way out waits for all processes: what all of them raise alike takes that way. Who

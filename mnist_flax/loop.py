@@ -590,7 +590,7 @@ def fit(
     )
     mesh = mesh or make_mesh(replicas=len(recipes))
     steps = recipe.steps_per_epoch(splits.train.num_examples)
-    with hosts.all_or_none():
+    with hosts.sync_errors():
         check_fits(recipes[0], splits, mesh=mesh, replicas=len(recipes))
         check_directory(workdir, resume=resume, strict=strict, start_params=start_params)
     train = functools.partial(
@@ -600,7 +600,7 @@ def fit(
         seeds=seeds,
         vary=vary,
         mesh=mesh,
-        progress=progress and hosts.is_first(),
+        progress=progress and hosts.is_primary(),
         should_stop=should_stop,
     )
     tell = functools.partial(tracked, track, many=seeds is not None)
@@ -610,7 +610,7 @@ def fit(
     trained = to_dict(recipe) if seeds is None else study(recipe, seeds=seeds, vary=vary or {})
     run = checkpoint.identity(trained, splits.info)
     with contextlib.ExitStack() as held:
-        checkpoint.claim_run(held, Path(workdir), run, resume=resume)
+        checkpoint.lock_run(held, Path(workdir), run, resume=resume)
         now = initial_progress(
             recipes, splits.info, steps=steps, mesh=mesh, start_params=start_params
         )
@@ -627,7 +627,7 @@ def tracked(track: Callable[[Row], None] | None, progress: Progress, *, many: bo
 
     Only in process 0. With `many`, rows name their replica.
     """
-    if track is not None and hosts.is_first():
+    if track is not None and hosts.is_primary():
         for i, history in enumerate(progress.histories):
             if history and history[-1]["step"] == progress.step:
                 track({"replica": i, **history[-1]} if many else dict(history[-1]))
@@ -694,9 +694,9 @@ def keeping(
       CheckpointError: a checkpoint cannot be written.
     """
     with checkpoint.open_checkpoints(workdir) as manager:
-        if hosts.is_first():
+        if hosts.is_primary():
             write_json(workdir / RECIPE_FILE, run["recipe"])
-        opened = MetricsLog(workdir, now.histories, many=many) if hosts.is_first() else NoLog()
+        opened = MetricsLog(workdir, now.histories, many=many) if hosts.is_primary() else NoLog()
         with contextlib.closing(opened) as log:
 
             def keep(progress: Progress) -> None:

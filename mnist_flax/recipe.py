@@ -123,8 +123,8 @@ class Recipe:
         rate is that of the first of them, and an epoch need not be a multiple of them.
       freeze: names of layers, such as "convs" and "norms" of a `CNN`, that stay exactly as they are
         (`train_step`); of use with weights to start from.
-      plain_share: the share of the steps of all `epochs`, the last ones, in which images are not
-        augmented, in [0, 1): the network ends on images such as it will be tested on (He et al.
+      no_augment_fraction: the share of the steps of all `epochs`, the last ones, in which images are
+        not augmented, in [0, 1): the network ends on images such as it will be tested on (He et al.
         2019, arXiv 1909.09148), unless it stops early. 0 where the augmentation's ranges are.
       model: the architecture: any frozen dataclass with `make(info, *, rngs) -> nnx.Module`, such
         as `CNNConfig`. One that has a `batch_multiple` takes batches of its multiples.
@@ -148,7 +148,7 @@ class Recipe:
     balance: bool = False
     accumulate: int = 1
     freeze: tuple[str, ...] = ()
-    plain_share: float = 0.0
+    no_augment_fraction: float = 0.0
     model: Any = CNNConfig()
     augment: AugmentConfig = AugmentConfig()
     loss: Any = None
@@ -166,10 +166,11 @@ class Recipe:
         check_range("batch_size", self.batch_size, 1, math.inf)
         check_range("label_smoothing", self.label_smoothing, 0, 1)
         check_range("accumulate", self.accumulate, 1, math.inf)
-        check_range("plain_share", self.plain_share, 0, 1)
-        if self.plain_share and self.augment == AugmentConfig():
+        check_range("no_augment_fraction", self.no_augment_fraction, 0, 1)
+        if self.no_augment_fraction and self.augment == AugmentConfig():
             raise InputError(
-                f"plain_share is {self.plain_share}, but images are never augmented; give 0"
+                f"no_augment_fraction is {self.no_augment_fraction}, but images are never "
+                "augmented; give 0"
             )
         for name in ("model", "optimizer", "schedule"):
             config = getattr(self, name)
@@ -459,10 +460,10 @@ def step_options(
     recipe: Recipe, *, steps_per_epoch: int, traced: Traced = NOTHING
 ) -> dict[str, Any]:
     """Returns `train_step`'s options."""
-    augmented = round((1 - recipe.plain_share) * recipe.epochs * steps_per_epoch)
+    augmented = round((1 - recipe.no_augment_fraction) * recipe.epochs * steps_per_epoch)
     return {
         "augment": make_augment(recipe, traced=traced),
-        "augment_steps": augmented if recipe.plain_share else None,
+        "augment_steps": augmented if recipe.no_augment_fraction else None,
         "loss": recipe.loss,
         "freeze": recipe.freeze,
         "label_smoothing": traced.get("label_smoothing", recipe.label_smoothing),

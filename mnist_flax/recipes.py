@@ -45,7 +45,7 @@ QUICK = Recipe(
 FAST = dataclasses.replace(
     QUICK,
     epochs=3,
-    plain_share=0.05,
+    no_augment_fraction=0.05,
     augment=AugmentConfig(rotate=7.0, shift=0.03, zoom=0.06),
 )
 
@@ -55,7 +55,7 @@ STRONG = dataclasses.replace(
     QUICK,
     epochs=6,
     batch_size=512,
-    plain_share=0.05,
+    no_augment_fraction=0.05,
     model=dataclasses.replace(
         QUICK.model,
         normalize=True,

@@ -135,7 +135,7 @@ def require_no_checkpoint_lost(workdir: Path) -> None:
 
 
 @contextlib.contextmanager
-def claim(workdir: Path, *, resume: bool) -> Iterator[None]:
+def lock_workdir(workdir: Path, *, resume: bool) -> Iterator[None]:
     """Holds a run directory for this process, making it if it is new.
 
     The lock is the operating system's, so a killed process leaves none behind.

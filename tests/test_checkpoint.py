@@ -25,7 +25,7 @@ from mnist_flax.loop import fit, initial_progress
 from mnist_flax.recipe import to_dict
 from mnist_flax.replicas import make_mesh
 from mnist_flax.reports.runs import load_run
-from mnist_flax.workdir import claim, write_text
+from mnist_flax.workdir import write_text
 
 # Orbax abandons the other reads of a damaged checkpoint, and their event loop with them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -379,7 +379,7 @@ def test_a_run_that_began_while_the_lock_was_awaited_is_seen(tmp_path, monkeypat
         return acquire(self, *args, **kwargs)
 
     monkeypatch.setattr(filelock.FileLock, "acquire", late)
-    with pytest.raises(InputError, match="holds a run"), claim(tmp_path, resume=False):
+    with pytest.raises(InputError, match="holds a run"), lock_workdir(tmp_path, resume=False):
         pass
 
 

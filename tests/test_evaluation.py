@@ -19,7 +19,7 @@ from mnist_flax.errors import InputError
 from mnist_flax.evaluation import (
     Evaluation,
     _logits,
-    mixture,
+    average_probabilities,
     padded_size,
     predict,
 )
@@ -80,7 +80,7 @@ def test_a_mixture_of_hand_computed_values():
     one = Evaluation(np.log([[0.6, 0.4], [0.999, 0.001]]).astype(np.float32) + 7, np.array([1, 1]))
     other = log([[0.2, 0.8], [0.1, 0.9]], [1, 1])
     third = log([[0.4, 0.6], [0.1, 0.9]], [1, 1])
-    found = mixture([one, other, third])
+    found = average_probabilities([one, other, third])
     assert_allclose(found.probabilities_NK, [[0.4, 0.6], [1.199 / 3, 1.801 / 3]], rtol=1e-5)
     assert_array_equal(found.labels_N, [1, 1])
     assert (found.correct, one.correct) == (2, 0)

@@ -61,7 +61,7 @@ from mnist_flax.steps import create_state
 from mnist_flax.studies import robustness
 from mnist_flax.studies.seeds import over_views, summarize
 from mnist_flax.studies.statistics import compare, describe, estimate, spread, survivors
-from mnist_flax.workdir import claim, write_json
+from mnist_flax.workdir import write_json
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--val-size", "59000", "--epochs", "2", "--batch-size", "100"]
@@ -396,7 +396,7 @@ def test_one_process_holds_a_run_until_it_is_killed(few_archives, tmp_path):
     assert "another process is using" in refused.stderr
     first.kill()
     first.wait()
-    with claim(tmp_path / "run", resume=True):
+    with lock_workdir(tmp_path / "run", resume=True):
         pass
 
 
@@ -773,8 +773,8 @@ def test_sweep_refuses_in_one_line_before_it_writes(arguments, message, tmp_path
 @pytest.mark.slow
 @pytest.mark.usefixtures("splits")
 def test_killed_runs_end_with_the_same_bits(data_dir, tmp_path):
-    """The short form; experiments/torture.py alone kills a hundred, during preparation too."""
-    words = script("torture", "--kills", "2")
+    """The short form; experiments/crash_test.py alone kills a hundred, during preparation too."""
+    words = script("crash_test", "--kills", "2")
     words += ["--data-dir", data_dir, "--scenarios", "early stopping", "--no-prepare"]
     run = run_words(words, cwd=tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -1068,7 +1068,7 @@ def test_recipes_survive_json(name):
 
 def test_a_recipe_of_before_a_field_is_the_one_of_its_default():
     older = to_dict(RECIPES["quick"])
-    del older["plain_share"], older["model"]["norm_epsilon"]
+    del older["no_augment_fraction"], older["model"]["norm_epsilon"]
     assert from_dict(older) == RECIPES["quick"]
 
 
@@ -1079,8 +1079,8 @@ def test_a_recipe_of_before_a_field_is_the_one_of_its_default():
             {"model": ColumnsConfig((RECIPES["fast"].model,) * 2), "batch_size": 25},
             "25, which 2 columns cannot",
         ),
-        ({"plain_share": 1.0}, "plain_share is 1.0"),
-        ({"plain_share": 0.1, "augment": AugmentConfig()}, "images are never augmented"),
+        ({"no_augment_fraction": 1.0}, "no_augment_fraction is 1.0"),
+        ({"no_augment_fraction": 0.1, "augment": AugmentConfig()}, "images are never augmented"),
     ],
 )
 def test_impossible_columns_and_shares(changes, message):

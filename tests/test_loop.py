@@ -271,9 +271,9 @@ def test_a_state_goes_on_by_the_recipe_not_by_the_optimizer_it_had(small):
 @pytest.mark.slow
 def test_the_last_share_of_a_run_is_not_augmented(small):
     """As if a recipe without augmentation had gone on from there."""
-    ending = dataclasses.replace(RECIPE, epochs=2, model=TINY, plain_share=0.5)
-    first = next(epochs(dataclasses.replace(ending, plain_share=0.0), small))
-    plain = dataclasses.replace(ending, plain_share=0.0, augment=AugmentConfig())
+    ending = dataclasses.replace(RECIPE, epochs=2, model=TINY, no_augment_fraction=0.5)
+    first = next(epochs(dataclasses.replace(ending, no_augment_fraction=0.0), small))
+    plain = dataclasses.replace(ending, no_augment_fraction=0.0, augment=AugmentConfig())
     (second,) = epochs(plain, small, start=first.state)
     ends = [row["train_loss"] for row in list(epochs(ending, small))[-1].history]
     separate = [result.row["train_loss"] for result in (first, second)]

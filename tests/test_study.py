@@ -89,7 +89,7 @@ def test_a_varied_number_is_the_recipes_own(small):
         PLAIN,
         epochs=1,
         model=TINY,
-        plain_share=0.5,
+        no_augment_fraction=0.5,
         augment=AugmentConfig(rotate=5.0),
         optimizer=Muon(learning_rate=0.1, ns_steps=2, adam_ratio=0.1),
         plateau=None,

@@ -294,7 +294,7 @@ def show_devices() -> None:
       InputError: the platform that was asked for is not there.
     """
     runtime.start()
-    if hosts.is_first():
+    if hosts.is_primary():
         print(runtime.describe_devices(), file=sys.stderr)
 
 

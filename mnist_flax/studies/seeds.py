@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from mnist_flax.datasets import load_splits
 from mnist_flax.errors import Interrupted
-from mnist_flax.evaluation import Evaluation, evaluate_replicas, mixture
+from mnist_flax.evaluation import Evaluation, average_probabilities, evaluate_replicas
 from mnist_flax.loop import fit
 from mnist_flax.recipe import Recipe, recipe_views, to_dict
 from mnist_flax.replicas import make_mesh
@@ -35,7 +35,7 @@ def see(
 
 def over_views(seen: Sequence[Sequence[Evaluation]]) -> list[Evaluation]:
     """Returns each replica's mean over the views; `seen` has a row a view, of all replicas."""
-    return [mixture(views) for views in zip(*seen, strict=True)]
+    return [average_probabilities(views) for views in zip(*seen, strict=True)]
 
 
 def run_seeds(

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from mnist_flax.errors import DivergedError
-from mnist_flax.evaluation import Evaluation, mixture
+from mnist_flax.evaluation import Evaluation, average_probabilities
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -31,7 +31,7 @@ def estimate(accuracies: np.ndarray) -> dict[str, Any]:
 
 def test_statistics(tests: Sequence[Evaluation]) -> dict[str, Any]:
     """Returns what the replicas reach on the test split, apart and together."""
-    ensemble = mixture(tests)
+    ensemble = average_probabilities(tests)
     return {
         **estimate(np.array([test.accuracy for test in tests])),
         "ensemble_accuracy": ensemble.accuracy,

@@ -1,9 +1,9 @@
 """Kill training at random moments, resume it, and compare the end with a run that was left alone.
 
-    python experiments/torture.py --kills 100
+    python experiments/crash_test.py --kills 100
 
 Real processes, SIGKILL. Kills land anywhere: in imports, data preparation, compilation, an epoch,
-validation, while a checkpoint or a result is being written. To expect: every kill recovered, with
+validation, while a checkpoint or a result is being written. Expected: every kill recovered, with
 parameters, statistics, optimizer state, metrics and result.json the same, bit for bit (seconds
 aside). A hundred kills take about a quarter of an hour on 2 cores.
 """
