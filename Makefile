@@ -7,7 +7,7 @@ COMPAT_TESTS := $(addprefix tests/test_, $(addsuffix .py, api archives checkpoin
   golden loop metrics model moments notebook optimizer runtime steps stopping stream))
 PEERS := torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1 scipy
 
-.PHONY: train test test-all compat lint bench determinism demo docs clean
+.PHONY: train test test-all compat lint bench determinism demo page docs clean
 
 train: .venv/installed
 	$(BIN)/python experiments/train.py
@@ -34,6 +34,12 @@ lint: .venv/installed
 demo: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
 	$(BIN)/python experiments/demo.py
+
+# The demo as static files, which need no server of their own.
+page: .venv/installed
+	rm -rf build/page
+	$(BIN)/python experiments/page.py --out build/page
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/page
 
 determinism: .venv/installed
 	$(BIN)/python experiments/determinism.py

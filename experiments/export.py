@@ -21,11 +21,6 @@ import tyro
 from mnist_flax.errors import InputError
 from mnist_flax.launch import command_line, options
 
-TOLERANCE = 1e-3  # of logits of about 10, in float32
-# Of the largest logit: a network of four layers rounds a dozen times, each by 2^-9 at most, and
-# another order of the same sums rounds otherwise. Of a network of `quick` 0.005 was seen.
-BFLOAT16_TOLERANCE = 2**-5
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command(options.Dataset):
@@ -45,24 +40,6 @@ class Command(options.Dataset):
     def __post_init__(self):
         if len(self.run) > 1:
             raise InputError("name one run directory")
-
-
-def run_stablehlo(data: bytes, images_NHWC: np.ndarray) -> np.ndarray:
-    """Returns the logits [N, K] of a serialized program."""
-    import jax.export
-
-    loaded = jax.export.deserialize(bytearray(data))
-    parts = [loaded.call(images_BHWC) for images_BHWC in np.array_split(images_NHWC, 10)]
-    return np.concatenate(parts)
-
-
-def run_onnx(data: bytes, images_NHWC: np.ndarray) -> np.ndarray:
-    """Returns the logits [N, K] of an ONNX model."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    batches = np.array_split(images_NHWC, 10)
-    return np.concatenate([np.asarray(session.run(None, {"images": i})[0]) for i in batches])
 
 
 def run_weights(data: bytes, images_NHWC: np.ndarray) -> np.ndarray:
@@ -140,24 +117,23 @@ def main(arguments):
     shape, names = run.info.image_shape, run.info.class_names
     images_NHWC = np.asarray(splits.test.images) / np.float32(255)
     expected_NK = predict(run.state, images_NHWC)
-    networks = getattr(run.recipe.model, "columns", (run.recipe.model,))
-    precisions = {getattr(network, "precision", "float32") for network in networks}
-    rough = BFLOAT16_TOLERANCE * float(np.abs(expected_NK).max())
     check = functools.partial(
         write_checked,
         images_NHWC=images_NHWC,
         expected_NK=expected_NK,
-        tolerance=rough if "bfloat16" in precisions or command.half else TOLERANCE,
+        tolerance=export.tolerance(run.recipe, expected_NK),
     )
     stablehlo = functools.partial(export.to_stablehlo, run.state, image_shape=shape)
     onnx = functools.partial(export.to_onnx, run.state, image_shape=shape, class_names=names)
-    sound = check(out / "model.stablehlo", stablehlo, run_stablehlo)
+    sound = check(out / "model.stablehlo", stablehlo, export.run_stablehlo)
     try:
-        sound &= check(out / "model.onnx", onnx, run_onnx)
+        sound &= check(out / "model.onnx", onnx, export.run_onnx)
     except (InputError, ImportError) as error:
         print(f"no ONNX: {error}", file=sys.stderr)
     weights = functools.partial(pack_weights, run, dtype="float16" if command.half else "float32")
-    return int(not (sound & check(out / "weights.safetensors", weights, run_weights)))
+    rough = export.tolerance(run.recipe, expected_NK, half=command.half)
+    sound &= check(out / "weights.safetensors", weights, run_weights, tolerance=rough)
+    return int(not sound)
 
 
 if __name__ == "__main__":

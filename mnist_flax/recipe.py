@@ -123,9 +123,9 @@ class Recipe:
         rate is that of the first of them, and an epoch need not be a multiple of them.
       freeze: names of layers, such as "convs" and "norms" of a `CNN`, that stay exactly as they are
         (`train_step`); of use with weights to start from.
-      no_augment_fraction: the share of the steps of all `epochs`, the last ones, in which images are
-        not augmented, in [0, 1): the network ends on images such as it will be tested on (He et al.
-        2019, arXiv 1909.09148), unless it stops early. 0 where the augmentation's ranges are.
+      no_augment_fraction: the share of the steps of all `epochs`, the last ones, in which images
+        are not augmented, in [0, 1): the network ends on images such as it will be tested on (He et
+        al. 2019, arXiv 1909.09148), unless it stops early. 0 where nothing is augmented.
       model: the architecture: any frozen dataclass with `make(info, *, rngs) -> nnx.Module`, such
         as `CNNConfig`. One that has a `batch_multiple` takes batches of its multiples.
       augment: the augmentation's ranges.

@@ -25,7 +25,7 @@ from mnist_flax.loop import fit, initial_progress
 from mnist_flax.recipe import to_dict
 from mnist_flax.replicas import make_mesh
 from mnist_flax.reports.runs import load_run
-from mnist_flax.workdir import write_text
+from mnist_flax.workdir import lock_workdir, write_text
 
 # Orbax abandons the other reads of a damaged checkpoint, and their event loop with them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -61,7 +61,7 @@ from mnist_flax.steps import create_state
 from mnist_flax.studies import robustness
 from mnist_flax.studies.seeds import over_views, summarize
 from mnist_flax.studies.statistics import compare, describe, estimate, spread, survivors
-from mnist_flax.workdir import write_json
+from mnist_flax.workdir import lock_workdir, write_json
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--val-size", "59000", "--epochs", "2", "--batch-size", "100"]

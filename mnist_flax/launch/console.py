@@ -5,7 +5,7 @@ import sys
 
 from mnist_flax.launch import command_line
 
-SCRIPTS = ("train", "predict", "report", "export", "demo", "seeds", "sweep", "folds")
+SCRIPTS = ("train", "predict", "report", "export", "demo", "page", "seeds", "sweep", "folds")
 
 
 def main() -> None:

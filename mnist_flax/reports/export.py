@@ -15,13 +15,19 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mnist_flax.errors import InputError
 from mnist_flax.ops import REFERENCE
+from mnist_flax.recipe import Recipe
 from mnist_flax.steps import TrainState, eval_logits, to_model, with_ops
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+TOLERANCE = 1e-3  # of logits of about 10, in float32
+# Of the largest logit: a network of four layers rounds a dozen times, each by 2^-9 at most, and
+# another order of the same sums rounds otherwise. Of a network of `quick` 0.005 was seen.
+BFLOAT16_TOLERANCE = 2**-5
 
 
 def inference(state: TrainState) -> Callable[[jax.Array], jax.Array]:
@@ -87,3 +93,38 @@ def to_onnx(
     entry = model.metadata_props.add()
     entry.key, entry.value = "class_names", json.dumps(class_names)
     return model.SerializeToString()
+
+
+def run_stablehlo(data: bytes, images_NHWC: np.ndarray) -> np.ndarray:
+    """Returns the logits [N, K] of a serialized program."""
+    loaded = jax.export.deserialize(bytearray(data))
+    parts = [loaded.call(images_BHWC) for images_BHWC in np.array_split(images_NHWC, 10)]
+    return np.concatenate(parts)
+
+
+def run_onnx(data: bytes, images_NHWC: np.ndarray) -> np.ndarray:
+    """Returns the logits [N, K] of an ONNX model.
+
+    Raises:
+      ImportError: onnxruntime is not installed.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    batches = np.array_split(images_NHWC, 10)
+    return np.concatenate([np.asarray(session.run(None, {"images": i})[0]) for i in batches])
+
+
+def tolerance(recipe: Recipe, logits_NK: np.ndarray, *, half: bool = False) -> float:
+    """Returns by how much a logit of an exported network may differ from the run's own.
+
+    Args:
+      recipe: the run's; a network of bfloat16 may differ by more.
+      logits_NK: the run's logits.
+      half: whether its weights were rounded to 16 bits, which may make as much of a difference.
+    """
+    networks = getattr(recipe.model, "columns", (recipe.model,))
+    precisions = {getattr(network, "precision", "float32") for network in networks}
+    if half or "bfloat16" in precisions:
+        return BFLOAT16_TOLERANCE * float(np.abs(logits_NK).max())
+    return TOLERANCE
