@@ -957,6 +957,23 @@ def test_options_override_the_named_recipe():
     assert differences(to_dict(RECIPES["baseline"]), to_dict(recipe)) == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "default"),
+        (["--dataset", "kmnist"], "default"),
+        (["--dataset", "fashion_mnist", "--seed", "1"], "fashion"),
+        (["--dataset=fashion_mnist"], "fashion"),
+        (["--dataset", "fashion_mnist", "--dataset", "mnist"], "default"),
+        (["--dataset", "fashion_mnist", "--recipe", "quick"], "quick"),
+        (["--recipe=", "--dataset", "fashion_mnist"], ""),
+        (["--dataset"], "default"),
+    ],
+)
+def test_a_dataset_may_have_a_recipe_of_its_own(words, expected):
+    assert command_line.split_recipe(words)[0] == expected
+
+
 def test_an_optimizer_is_one_step_on_the_command_line():
     """And so are schedules, and what a recipe has none of; in any order."""
     words = ["--optimizer.learning-rate", "1e-3", "--optimizer", "adamw", "--schedule=staircase"]

@@ -29,7 +29,7 @@ from mnist_flax.recipe import (
     kind_class,
     run_file,
 )
-from mnist_flax.recipes import RECIPES
+from mnist_flax.recipes import OF_DATASET, RECIPES
 from mnist_flax.workdir import RECIPE_FILE, local_path
 
 T = TypeVar("T")
@@ -74,12 +74,13 @@ def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """Takes `--recipe NAME` out of the arguments: the other options' defaults depend on it.
 
     Returns:
-      The name, "default" if it is not given, and the other arguments.
+      The name, and the other arguments. Where none is given it is that of `--dataset` in
+      `recipes.OF_DATASET`, or "default".
 
     Raises:
       InputError: `--recipe` is the last argument.
     """
-    name, rest = "default", []
+    name, rest = None, []
     words = iter(arguments)
     for word in words:
         if word == "--recipe":
@@ -90,7 +91,18 @@ def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
             name = word.removeprefix("--recipe=")
         else:
             rest.append(word)
+    if name is None:
+        name = OF_DATASET.get(_value(rest, "--dataset"), "default")
     return name, rest
+
+
+def _value(words: Sequence[str], option: str) -> str:
+    """Returns the value of an option, the last one's where it is there twice; "" for none."""
+    found = ""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == option or word.startswith(f"{option}="):
+            found = following if word == option else word.partition("=")[2]
+    return found
 
 
 OPTIONAL = {"plateau": PlateauConfig, "stopping": StoppingConfig}
