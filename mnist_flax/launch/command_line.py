@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import re
 import signal
@@ -99,7 +100,7 @@ def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
 def _value(words: Sequence[str], option: str) -> str:
     """Returns the value of an option, the last one's where it is there twice; "" for none."""
     found = ""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         if word == option or word.startswith(f"{option}="):
             found = following if word == option else word.partition("=")[2]
     return found
