@@ -18,7 +18,8 @@ import numpy as np
 from mnist_flax.data import Examples, take
 from mnist_flax.errors import DivergedError, InputError, Interrupted
 from mnist_flax.launch import command_line, options, runtime
-from mnist_flax.recipe import Recipe, recipe_views, to_dict
+from mnist_flax.recipe import Recipe, to_dict
+from mnist_flax.views import recipe_views
 from mnist_flax.workdir import holds_run, write_json
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from mnist_flax.errors import InputError, Interrupted
 from mnist_flax.launch import command_line, options, runtime
-from mnist_flax.recipe import require_views
 from mnist_flax.studies.statistics import compare, describe, spread
+from mnist_flax.views import require_views
 from mnist_flax.workdir import holds_run, write_json
 
 

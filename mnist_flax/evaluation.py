@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from mnist_flax.checks import (
@@ -31,12 +32,11 @@ from mnist_flax.replicas import (
 )
 from mnist_flax.steps import (
     TrainState,
-    View,
     eval_logits,
     prepared,
     to_model,
-    without_optimizer,
 )
+from mnist_flax.views import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +140,17 @@ def average_probabilities(evaluations: Sequence[Evaluation]) -> Evaluation:
     logs_ENK = [evaluation.log_probabilities_NK for evaluation in evaluations]
     mean_NK = np.logaddexp.reduce(logs_ENK) - math.log(len(evaluations))
     return Evaluation(mean_NK, evaluations[0].labels_N)
+
+
+_NO_OPTIMIZER = optax.identity()
+
+
+def without_optimizer(state: TrainState) -> TrainState:
+    """Returns the state without its optimizer, which `jax.jit` would compile anew for.
+
+    Optimizers are functions, and no two of them are equal.
+    """
+    return dataclasses.replace(state, opt_state=optax.EmptyState(), optimizer=_NO_OPTIMIZER)
 
 
 def batched_logits(

@@ -25,7 +25,7 @@ from mnist_flax.errors import InputError
 from mnist_flax.model import CNNConfig
 from mnist_flax.ops import REFERENCE, Ops
 from mnist_flax.optimizer import SGD, Constant
-from mnist_flax.steps import Augment, Purpose, TrainState, View, create_state, draw_key, use_ops
+from mnist_flax.steps import Augment, TrainState, create_state, use_ops
 from mnist_flax.stopping import EarlyStopping
 from mnist_flax.weights import taken_over
 
@@ -432,28 +432,6 @@ def make_augment(recipe: Recipe, *, traced: Traced = NOTHING) -> Augment | None:
 def _changes(config: AugmentConfig) -> Augment:
     """Returns one function for one configuration: `jax.jit` compiles anew for another object."""
     return functools.partial(random_changes, **dataclasses.asdict(config))
-
-
-def require_views(recipe: Recipe, *, count: int) -> None:
-    """Raises InputError unless `recipe_views` can draw so many; starts no JAX backend."""
-    if count < 0:
-        raise InputError(f"views is {count}; give at least 0")
-    if count and make_augment(recipe) is None:
-        raise InputError(f"views is {count}, but the recipe has no augmentation; give 0")
-
-
-def recipe_views(recipe: Recipe, *, count: int) -> list[View]:
-    """Returns random views of test images by the recipe's augmentation, the same in every call.
-
-    Raises:
-      InputError: `count` is negative, or the recipe has no augmentation to draw any.
-    """
-    require_views(recipe, count=count)
-    augment = make_augment(recipe)
-    if augment is None:
-        return []
-    key = jax.random.key(0)
-    return [View(draw_key(key, Purpose.VIEW, number), augment) for number in range(count)]
 
 
 def step_options(

@@ -129,17 +129,6 @@ def without_keys(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.random.key_data(a) if is_key(a) else a, tree)
 
 
-_NO_OPTIMIZER = optax.identity()
-
-
-def without_optimizer(state: TrainState) -> TrainState:
-    """Returns the state without its optimizer, which `jax.jit` would compile anew for.
-
-    Optimizers are functions, and no two of them are equal.
-    """
-    return dataclasses.replace(state, opt_state=optax.EmptyState(), optimizer=_NO_OPTIMIZER)
-
-
 def to_model(state: TrainState) -> Any:
     """Returns the model with copies of the state's parameters and statistics."""
     variables: Any = (nnx.State(state.params), nnx.State(state.batch_stats))
@@ -484,59 +473,6 @@ def changed_stats(state: TrainState, model: Any) -> Any:
         return new if new.dtype == old.dtype else new.astype(old.dtype)
 
     return jax.tree.map(as_before, batch_stats, state.batch_stats)
-
-
-class EqualPartial(functools.partial):
-    """A partial that equals another of the same function and arguments.
-
-    `jax.jit` compiles anew for a static argument that equals none before it.
-    """
-
-    def _parts(self):
-        return self.func, self.args, frozenset(self.keywords.items())
-
-    def __eq__(self, other):
-        return isinstance(other, EqualPartial) and self._parts() == other._parts()
-
-    def __hash__(self):
-        return hash(self._parts())
-
-
-def by_value(augment: functools.partial) -> functools.partial:
-    """Returns the partial as one that is compared by value, where its arguments can be hashed."""
-    equal = EqualPartial(augment.func, *augment.args, **augment.keywords)
-    try:
-        hash(equal)
-    except TypeError:
-        return augment
-    return equal
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class View:
-    """A random view of images, for test-time augmentation. A pytree.
-
-    Attributes:
-      key: what `augment` draws by.
-      augment: as in `train_step`, `augment(key, images_BHWC) -> images_BHWC` (static). A
-        `functools.partial` of hashable arguments equals any other of the same ones.
-    """
-
-    key: jax.Array
-    augment: Augment = dataclasses.field(metadata={"static": True})
-
-    def __post_init__(self):
-        if isinstance(self.augment, functools.partial):
-            object.__setattr__(self, "augment", by_value(self.augment))
-
-    def at(self, index: jax.Array | int) -> View:
-        """Returns the view of batch number `index`."""
-        return dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
-
-    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
-        """Returns the images as they are seen."""
-        return self.augment(self.key, images_BHWC)
 
 
 def eval_logits(

@@ -29,7 +29,8 @@ from mnist_flax.reports.calibration import (
     risk_coverage,
     wilson_interval,
 )
-from mnist_flax.steps import View, create_state
+from mnist_flax.steps import create_state
+from mnist_flax.views import View
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from mnist_flax.data import Splits, balanced_weights, epoch_order
 from mnist_flax.datasets import load_splits
 from mnist_flax.datasets.archives import FILE_NAMES
 from mnist_flax.datasets.folders import load_image_folder, read_image
-from mnist_flax.loop import epochs
+from mnist_flax.evaluation import evaluate
+from mnist_flax.loop import epochs, fit
 from mnist_flax.recipe import AugmentConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -224,3 +225,31 @@ def test_a_recipe_can_be_balanced(small):
         for balance in (False, True)
     ]
     assert rows[0]["train_loss"] != rows[1]["train_loss"]
+
+
+@pytest.mark.slow
+def test_colour_images_of_cifars_shape_are_learned(splits):
+    """Ten hues on noise, 32 x 32 x 3: cropped, mirrored and erased as CIFAR-10's would be."""
+    del splits
+    rng = np.random.default_rng(0)
+    hues_KC = np.array([[i % 3, i // 3 % 3, i // 9] for i in range(10)]) / 2
+
+    def drawn(count):
+        labels_N = rng.integers(0, 10, count)
+        noise = rng.uniform(-0.2, 0.2, (count, 32, 32, 3))
+        images = np.clip(hues_KC[labels_N][:, None, None] + noise, 0, 1)
+        return images.astype(np.float32), labels_N
+
+    own = Splits.from_arrays(drawn(2000), drawn(500))
+    recipe = dataclasses.replace(
+        RECIPE,
+        dataset=own.info.name,
+        val_size=0,
+        epochs=2,
+        plateau=None,
+        model=dataclasses.replace(TINY, widths=(8,)),
+        augment=AugmentConfig(flip=True, crop=4, erase=0.25),
+    )
+    result = fit(recipe, own, progress=False)
+    assert own.info.image_shape == (32, 32, 3)
+    assert evaluate(result.state, own.test).accuracy > 0.95

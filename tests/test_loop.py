@@ -27,12 +27,12 @@ from mnist_flax.recipe import (
     AugmentConfig,
     PlateauConfig,
     StoppingConfig,
-    recipe_views,
 )
 from mnist_flax.replicas import make_mesh
 from mnist_flax.reports.results import digest, summarize
 from mnist_flax.reports.runs import load_run
 from mnist_flax.steps import Purpose, draw_key, eval_logits, prepared, to_float, to_model
+from mnist_flax.views import recipe_views
 
 
 def bits(state):

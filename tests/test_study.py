@@ -22,12 +22,12 @@ from mnist_flax.recipe import (
     AugmentConfig,
     PlateauConfig,
     StoppingConfig,
-    recipe_views,
     replica_recipes,
     with_fields,
 )
 from mnist_flax.replicas import make_mesh
 from mnist_flax.studies.seeds import see
+from mnist_flax.views import recipe_views
 
 pytestmark = pytest.mark.bits
 # Without augmentation, whose last bit XLA rounds otherwise in a loop within a loop.

@@ -12,9 +12,10 @@ from mnist_flax.datasets import load_splits
 from mnist_flax.errors import Interrupted
 from mnist_flax.evaluation import Evaluation, average_probabilities, evaluate_replicas
 from mnist_flax.loop import fit
-from mnist_flax.recipe import Recipe, recipe_views, to_dict
+from mnist_flax.recipe import Recipe, to_dict
 from mnist_flax.replicas import make_mesh
 from mnist_flax.studies.statistics import survivors, test_statistics
+from mnist_flax.views import recipe_views
 
 
 def see(
