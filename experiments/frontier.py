@@ -1,8 +1,9 @@
-"""Draw docs/frontier.svg, accuracy against training seconds, and print the README's table.
+"""Draw docs/frontier.svg, accuracy against seconds; print the tables of README.md and RESULTS.md.
 
     python experiments/frontier.py
 
-Both are made of results/recipes.json; a test notices where the README says something else.
+All are made of results/recipes.json; a test notices where README.md or experiments/RESULTS.md says
+something else.
 """
 
 import dataclasses
@@ -17,6 +18,10 @@ ROOT = Path(__file__).parents[1]
 HEADER = (
     "| recipe | parameters | test accuracy | trains in | looks |",
     "|---|---|---|---|---|",
+)
+FULL_HEADER = (
+    "| recipe | mean | deviation | 95% interval | n | ensemble | NLL | s each | machine | looks |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -53,6 +58,37 @@ def table(results: dict[str, Any]) -> list[str]:
             for row in results["rows"]
         ),
     ]
+
+
+def full_table(results: dict[str, Any]) -> list[str]:
+    """Returns the lines of the table in RESULTS.md: seeds.py's columns, the machine and looks."""
+    lines: list[str] = [*FULL_HEADER]
+    views = {row["recipe"]: row for row in results["views"]}
+    for row in results["rows"]:
+        name = f"`{row['recipe']}`"
+        lines.append(full_row(name, row, looks=str(row["looks"])))
+        if row["recipe"] in views:
+            tested = views[row["recipe"]]
+            lines.append(full_row(f"{name}, {tested['views']} views", tested, looks=""))
+    return lines
+
+
+def full_row(label: str, row: dict[str, Any], *, looks: str) -> str:
+    """Returns a row of `full_table`, accuracies in percent."""
+    low, high = row["interval"]
+    cells = [
+        label,
+        f"{row['mean']:.3f}%",
+        f"{row['deviation']:.3f}%",
+        f"{low:.3f}% to {high:.3f}%",
+        str(row["n"]),
+        f"{row['ensemble']:.2f}%",
+        f"{row['ensemble_nll']:.4f}",
+        f"{row['study_seconds']:.3g}",
+        row["study_machine"],
+        looks,
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def draw(results: dict[str, Any], out: Path) -> None:
@@ -94,7 +130,7 @@ def main(arguments) -> None:
     """Runs the script."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     results = read()
-    print("\n".join(table(results)))
+    print("\n".join([*table(results), "", *full_table(results)]))
     draw(results, command.out)
 
 

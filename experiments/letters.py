@@ -6,7 +6,7 @@
 
 Matplotlib's own fonts, each letter turned, moved and scaled by chance; the fonts of the test
 letters are others than those to train on. It takes five seconds. Expected of the second command:
-as in RESULTS, from MNIST's weights and without them.
+as in RESULTS.md, from MNIST's weights and without them.
 """
 
 import dataclasses

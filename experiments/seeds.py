@@ -47,7 +47,7 @@ class Command(options.Training):
 
 
 def rows(name: str, study: dict[str, Any]) -> list[str]:
-    """Returns a study as rows of the table in RESULTS.md, one of them for views."""
+    """Returns a study as rows of a table, one of them for views."""
     lines = [table_row(f"`{name}`", study)]
     if "views" in study:
         label = f"`{name}`, the mean of {study['views']['number']} views"
@@ -56,7 +56,7 @@ def rows(name: str, study: dict[str, Any]) -> list[str]:
 
 
 def table_row(label: str, study: dict[str, Any]) -> str:
-    """Returns a study as a row of the table in RESULTS.md."""
+    """Returns a study as a row: the columns from `recipe` to `s each` of RESULTS.md's table."""
     cells = [
         label,
         *spread(study),

@@ -5,7 +5,7 @@
 They are scikit-learn's 1,797 digits of 8 x 8 pixels (Alpaydin and Kaynak 1998, UCI "Optical
 Recognition of Handwritten Digits", its test part): 43 people's, of Turkey. They are enlarged to 20
 x 20, bilinearly, and put into 28 x 28 by their centre of mass, as MNIST's were. That is a weak
-test: 8 x 8 pixels blur what a network reads by. Expected: see RESULTS. Needs `pip install
+test: 8 x 8 pixels blur what a network reads by. Expected: see RESULTS.md. Needs `pip install
 scikit-learn`.
 """
 

@@ -17,7 +17,7 @@ from mnist_flax.augment import check_images
 PIXEL_VARIANCE = 1 / 12  # of a square's points along a side of 1, so no spread is 0
 # The standard deviations of ink, as fractions of the image's height and width, that stay as they
 # are: above those of most digits, so most grow. And how far the others are brought there.
-# experiments/RESULTS.md has what other numbers do.
+# experiments/log/2026-11-28-diary.md has what other numbers do.
 SPREADS = (0.22, 0.15)
 POWER = 0.75
 

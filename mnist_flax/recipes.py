@@ -1,4 +1,4 @@
-"""The named recipes. README has what they reach, experiments/RESULTS.md how they were chosen."""
+"""The named recipes. README has what they reach, experiments/log/ how they were chosen."""
 
 import dataclasses
 
@@ -121,7 +121,7 @@ KERAS = dataclasses.replace(
     stopping=StoppingConfig(patience=5),
 )
 
-# The small ones were chosen on validation by one run or two of a candidate: experiments/RESULTS.md.
+# The small ones were chosen on validation by one run or two of a candidate: experiments/log/.
 # 1,896 parameters. BatchNorm's scales would only cost some: the next convolution has its own.
 # Slants and sizes that it need not learn leave more of them for digits.
 TINY2K = dataclasses.replace(

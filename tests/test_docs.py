@@ -1,12 +1,15 @@
 """Every example of README.md and docs/ runs as it stands, on a few of MNIST's images."""
 
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import frontier
+import numpy as np
 import pytest
+from scipy import stats
 
 ROOT = Path(__file__).parents[1]
 FEW = """
@@ -57,8 +60,23 @@ def test_the_readmes_table_is_made_of_the_results():
     assert table in (ROOT / "README.md").read_text()
 
 
+def test_the_table_in_results_is_made_of_the_results():
+    table = "\n".join(frontier.full_table(frontier.read()))
+    assert table in (ROOT / "experiments" / "RESULTS.md").read_text()
+
+
+def test_intervals_are_students_of_the_mean_and_the_deviation():
+    """Within the rounding of both: the interval is of deviations that are not rounded."""
+    results = frontier.read()
+    for row in results["rows"] + results["views"]:
+        scale = row["deviation"] / math.sqrt(row["n"])
+        expected = stats.t.interval(0.95, row["n"] - 1, loc=row["mean"], scale=scale)
+        np.testing.assert_allclose(row["interval"], expected, rtol=0, atol=0.001)
+
+
 def test_links_lead_to_files():
-    for path in FILES:
+    log = (ROOT / "experiments" / "log").glob("*.md")
+    for path in [*FILES, ROOT / "experiments" / "RESULTS.md", *log]:
         for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
             if "://" not in target:
                 assert (path.parent / target).exists(), (path.name, target)
