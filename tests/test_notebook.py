@@ -77,6 +77,11 @@ def test_cell_displays_one_picture(executed, cell_id):
     assert min(struct.unpack(">II", header[16:])) > 200
 
 
+@pytest.mark.slow
+def test_the_readers_digit_is_read_by_the_shipped_network(executed):
+    assert printed(executed["own"]).splitlines()[1] == "the package's: 7"
+
+
 def test_committed_without_results():
     notebook = nbformat.read(NOTEBOOK, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook)

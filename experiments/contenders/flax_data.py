@@ -8,20 +8,17 @@ import time
 
 BEGAN = time.perf_counter()
 
-import dataclasses
-import functools
-
 import jax
 import numpy as np
 from worker import serve
 
-from mnist_flax import random_affine
 from mnist_flax.datasets import load_splits
 from mnist_flax.feed import stream_batches
 from mnist_flax.launch import runtime
+from mnist_flax.recipe import make_augment
 from mnist_flax.recipes import BASELINE
 
-AFFINE = functools.partial(random_affine, **dataclasses.asdict(BASELINE.augment))
+AFFINE = make_augment(BASELINE)
 
 
 def affine(images_NHWC: np.ndarray, batch_size: int):
