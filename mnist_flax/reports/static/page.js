@@ -26,7 +26,7 @@ function show(image, probabilities, names) {
     const [, bar, number] = bars.rows[k].cells;
     const probability = probabilities?.[k] ?? 0;
     bar.firstChild.value = probability;
-    number.textContent = probabilities ? `${(100 * probability).toFixed(1)} %` : "";
+    number.textContent = probabilities ? `${(100 * probability).toFixed(1)}%` : "";
   });
   if (!probabilities) return say(strokes.length ? "That is no digit yet." : "Draw one digit.");
   say(`It is ${names[probabilities.indexOf(Math.max(...probabilities))]}.`);
