@@ -185,6 +185,14 @@ def prepared(model: Any, images_BHWC: jax.Array | np.ndarray) -> jax.Array:
     return model.preprocess_images(images_BHWC)
 
 
+def accepted(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Returns those of the options that a function takes by name."""
+    parameters = inspect.signature(function).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return options
+    return {name: value for name, value in options.items() if name in parameters}
+
+
 def call_model(model: Any, images_BHWC: jax.Array, *, train: bool, **options: Any) -> jax.Array:
     """Returns `model`'s logits [B, K] of images as `prepared` returns them.
 
@@ -197,14 +205,11 @@ def call_model(model: Any, images_BHWC: jax.Array, *, train: bool, **options: An
     Raises:
       InputError: the logits are not [B, K].
     """
-    options["train"] = train
-    signature = inspect.signature(model.__call__)
-    if not any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()):
-        options = {name: value for name, value in options.items() if name in signature.parameters}
+    options = accepted(model.__call__, options | {"train": train})
     if "train" not in options:
         model.train() if train else model.eval()
     try:
-        signature.bind(images_BHWC, **options)
+        inspect.signature(model.__call__).bind(images_BHWC, **options)
     except TypeError as error:
         raise InputError(
             "a model's call takes images, and by name train, key and dropout_rate or fewer of "
@@ -323,13 +328,10 @@ def apply_gradients(
       value_fn: the loss as a function of the parameters, for optimizers that search along a line;
         the others are given the loss and its gradient.
     """
-    updates, opt_state = optax.with_extra_args_support(state.optimizer).update(
-        gradients.grads,
-        state.opt_state,
-        state.params,
-        value=gradients.metrics.loss,
-        grad=gradients.grads,
-        value_fn=value_fn,
+    own = {"value": gradients.metrics.loss, "grad": gradients.grads, "value_fn": value_fn}
+    update: Any = state.optimizer.update
+    updates, opt_state = update(
+        gradients.grads, state.opt_state, state.params, **accepted(update, own)
     )
     updates = without(optax.tree.scale(state.plateau.scale, updates), freeze)
     return dataclasses.replace(

@@ -328,8 +328,9 @@ FROZEN = {"hidden": optax.set_to_zero(), "head": optax.sgd(0.1)}
         optax.multi_transform(FROZEN, lambda params: {name: name for name in params}),
         optax.contrib.schedule_free_sgd(0.1),
         optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
+        optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05)),  # its update takes grad_fn, no more
     ],
-    ids=["clipped", "frozen", "schedule_free", "plateau"],
+    ids=["clipped", "frozen", "schedule_free", "plateau", "sharpness_aware"],
 )
 def test_optaxs_wrappers_are_optimizers_like_others(optimizer, splits):
     state, batch = make_state(optimizer), head(splits.train, 16)

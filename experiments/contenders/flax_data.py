@@ -8,6 +8,8 @@ import time
 
 BEGAN = time.perf_counter()
 
+from typing import Any
+
 import jax
 import numpy as np
 from worker import serve
@@ -18,7 +20,7 @@ from mnist_flax.launch import runtime
 from mnist_flax.recipe import make_augment
 from mnist_flax.recipes import BASELINE
 
-AFFINE = make_augment(BASELINE)
+AFFINE: Any = make_augment(BASELINE)
 
 
 def affine(images_NHWC: np.ndarray, batch_size: int):
