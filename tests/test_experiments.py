@@ -55,7 +55,7 @@ from mnist_flax.progress import FitResult
 from mnist_flax.recipe import AugmentConfig, PlateauConfig, Recipe, differences, from_dict, to_dict
 from mnist_flax.recipes import RECIPES
 from mnist_flax.reports.calibration import fit_temperature
-from mnist_flax.reports.results import write_results
+from mnist_flax.reports.results import digest, write_results
 from mnist_flax.reports.runs import load_run
 from mnist_flax.steps import create_state
 from mnist_flax.studies import robustness
@@ -280,14 +280,16 @@ def test_predict_reads_pictures_and_refuses_what_is_none(finished, splits, tmp_p
 
 
 @pytest.mark.slow
-def test_export_checks_both_files_on_the_whole_test_split(finished, few_archives, tmp_path):
+def test_export_checks_each_file_on_the_whole_test_split(finished, few_archives, tmp_path):
     words = [finished, "--archives", few_archives, "--out", tmp_path / "export"]
     run = experiment("export", *words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count(f"on {NUM_TEST:,} images, predictions the same") == 2
+    assert run.stdout.count(f"on {NUM_TEST:,} images, predictions the same") == 3
     result = json.loads((finished / "result.json").read_text())
     assert (tmp_path / "export" / "model.stablehlo").stat().st_size > 4 * result["parameters"]
     assert (tmp_path / "export" / "model.onnx").stat().st_size > 4 * result["parameters"]
+    weights = load_run(tmp_path / "export" / "weights.safetensors")
+    assert digest(weights.state) == result["digest"]
 
 
 def no_model(_data, _images):

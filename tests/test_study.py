@@ -101,6 +101,7 @@ def test_a_varied_number_is_the_recipes_own(small):
         "augment.shift": (0.0, 0.1),
         "augment.zoom": (0.0, 0.2),
         "augment.shear": (0.0, 20.0),
+        "augment.erase": (0.0, 0.5),
         "optimizer.learning_rate": (0.02, 0.2),
         "optimizer.adam_ratio": (0.02, 0.2),
         "optimizer.weight_decay": (0.0, 0.5),
