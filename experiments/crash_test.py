@@ -170,7 +170,7 @@ def differences(reference: Path, victim: Path, data_dir: Path | None) -> list[st
 
 
 def main(arguments):
-    """Tortures runs until there were enough kills; fails if any end differs."""
+    """Kills and resumes runs until there were enough kills; fails if any end differs."""
     command = command_line.parse(Command, arguments, default=Command(), description=__doc__ or "")
     moments = random.Random(command.seed)
     load_splits("mnist", val_size=0, seed=0, data_dir=command.data_dir)

@@ -75,7 +75,7 @@ def random_affine(
 
 
 def random_flip(key: jax.Array, images_BHWC: jax.Array) -> jax.Array:
-    """Mirror every other image, by chance, from left to right.
+    """Mirror each image from left to right, or leave it, with even chances.
 
     Args:
         key: One PRNG key.

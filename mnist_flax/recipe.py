@@ -39,7 +39,7 @@ class AugmentConfig:
       shift: largest shift as a fraction of the height and of the width, in [0, 1).
       zoom: largest change of scale, x and y apart, as a fraction, in [0, 1).
       shear: largest shear angle in degrees, either way, in [0, 90).
-      flip: whether images are mirrored, every other one.
+      flip: whether images are mirrored, each with an even chance.
       crop: pixels of padding of a random crop, at least 0.
       erase: how likely it is that a rectangle is blanked out, in [0, 1).
     """

@@ -120,7 +120,7 @@ def create_state(
 
 
 def is_key(array: Any) -> bool:
-    """Returns whether an array is of keys: a run's, or those of a model's own random streams."""
+    """Returns whether an array is of keys, such as those of a model's own random streams."""
     return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 

@@ -47,11 +47,7 @@ def make_state(seed=0):
 
 def same_bits(one, other):
     one, other = jax.tree.leaves(one), jax.tree.leaves(other)
-    return len(one) == len(other) and all(map(np.array_equal, map(raw, one), map(raw, other)))
-
-
-def raw(leaf):
-    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return len(one) == len(other) and all(map(np.array_equal, one, other))
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +101,9 @@ def test_two_runs_are_the_same_bits_and_another_seed_is_not(batch, step):
 
 def test_a_step_leaves_its_inputs_alone(batch, step):
     state = make_state()
-    before = jax.tree.map(lambda leaf: np.array(raw(leaf)), state)
+    before = jax.tree.map(np.array, state)
     new_state, _ = step(KEY, state, batch)
-    assert same_bits(jax.tree.map(raw, state), before)
+    assert same_bits(state, before)
     assert not same_bits(new_state.params, state.params)
     assert not same_bits(new_state.batch_stats, state.batch_stats)
 
